@@ -1,0 +1,72 @@
+# Everything from a fresh clone: `make demo` shows what ernieq does, `make test` checks it.
+# Needed: Python 3.11 or newer with venv and headers, and a C++17 compiler. All else is installed into .venv.
+#
+#   PYTHON=python3.12 make demo      another interpreter
+#   PIP_FLAGS="--index-url ..." make another package index, or any other option of pip install
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+CONSTRAINTS ?= constraints.txt
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_MODEL := ernieq-nano-2bit
+BENCHMARKS := $(filter-out benchmarks/machine.py,$(wildcard benchmarks/*.py))
+NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench install clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+demo: install  ## quantize the bundled model to 2 bits and compare it with the original
+	$(BIN)/ernieq quantize --bits 2 --overwrite
+	$(BIN)/ernieq eval-ppl $(DEMO_MODEL)
+
+test: lint  ## all checks: lint, types, import ladder, tests and notebooks
+	$(BIN)/python -m pytest
+
+lint: install  ## style, types and the import ladder
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## bring all files into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## run the benchmarks with their defaults
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:  ## remove all that make has made
+	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+install: $(VENV)/.installed  ## make .venv with the pinned tools and this package (editable)
+
+# The build runs without isolation, on the pinned tools of .venv: a changed kernel then compiles only what changed,
+# and nothing is ever fetched but what constraints.txt names.
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SOURCES)
+	@echo "installing ernieq (compiles its kernels) ..."
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.tools: constraints.txt | $(VENV)/.ready
+	@echo "installing the build tools ..."
+	@$(PIP_INSTALL) scikit-build-core nanobind cmake ninja
+	@touch $@
+
+$(VENV)/.ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "ernieq needs Python 3.11 or newer as $(PYTHON); name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) lacks its venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	    { echo "$(PYTHON) lacks its C headers; install them (Debian, Ubuntu: apt install python3-dev)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	    { echo "no C++ compiler found; install one (Debian, Ubuntu: apt install g++) or set CXX" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

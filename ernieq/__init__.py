@@ -1,0 +1,20 @@
+"""ernieq: ERNIE 4.5 language models at 2, 3 or 4 bits per weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ernieq.load import load_model
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when a model is asked for, so that ``ernieq --help`` is quick."""
+    if name == "load_model":
+        from ernieq.load import load_model
+
+        return load_model
+    raise AttributeError(f"module 'ernieq' has no attribute {name!r}")

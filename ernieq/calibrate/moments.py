@@ -1,0 +1,105 @@
+"""Second moments of the inputs of projections: Hessians, and what is needed to correct a target.
+
+For a projection with input ``x`` (of the model quantized so far) the layer-wise loss is ``tr(E H E^T)`` with
+``H = E[s x x^T]``; ``s`` weighs tokens. For an expert ``s`` is the squared routing weight, because its output
+enters the sum multiplied by that weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Weighted sums over tokens, accumulated in float32 batches into float32 totals.
+
+    Args:
+        width: in_features of the projection.
+        residual_rows: out_features of the residual sum that is kept beside it; 0 for none.
+    """
+
+    width: int
+    residual_rows: int = 0
+    gram: Tensor = field(init=False)
+    residual: Tensor = field(init=False)
+    weight: float = field(init=False, default=0.0)
+    weight_squared: float = field(init=False, default=0.0)
+    tokens: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.gram = torch.zeros(self.width, self.width)
+        self.residual = torch.zeros(self.residual_rows, self.width)
+
+    def add(self, inputs: Tensor, weights: Tensor | None = None, residuals: Tensor | None = None) -> None:
+        """Add tokens: inputs (tokens, width), weights (tokens,) or all one, residuals (tokens, residual_rows)."""
+        if inputs.shape[0] == 0:
+            return
+        weighted = inputs if weights is None else inputs * weights[:, None]
+        self.gram.addmm_(weighted.T, inputs)
+        if residuals is not None:
+            self.residual.addmm_(residuals.T, weighted)
+        ones = weights is None
+        self.weight += float(inputs.shape[0] if ones else weights.sum())  # type: ignore[union-attr]
+        self.weight_squared += float(inputs.shape[0] if ones else weights.square().sum())  # type: ignore[union-attr]
+        self.tokens += inputs.shape[0]
+
+    @property
+    def effective_tokens(self) -> float:
+        """Kish's effective sample size, (sum s)^2 / sum s^2."""
+        return self.weight**2 / self.weight_squared if self.weight_squared > 0 else 0.0
+
+    def mean_gram(self) -> Tensor:
+        """H: (width, width), the weighted mean of x x^T; zeros without tokens."""
+        return self.gram / self.weight if self.weight > 0 else self.gram
+
+    def mean_residual(self) -> Tensor:
+        """(residual_rows, width), the weighted mean of r x^T; zeros without tokens."""
+        return self.residual / self.weight if self.weight > 0 else self.residual
+
+
+def shrinkage(effective_tokens: float, width: int, strength: float) -> float:
+    """Trust in an expert's own Hessian: n / (n + strength * width), 0 to 1."""
+    return effective_tokens / (effective_tokens + strength * width)
+
+
+def shrunk_gram(own: Moments, prior: Tensor, strength: float) -> Tensor:
+    """Pull an expert's Hessian toward that of its layer.
+
+    Args:
+        own: moments over the tokens routed to the expert.
+        prior: (width, width) mean x x^T over tokens of the whole layer.
+        strength: tokens per channel at which own and prior count the same.
+
+    Returns:
+        (width, width) float32; the prior itself for an expert that saw no token, never the identity.
+    """
+    trust = shrinkage(own.effective_tokens, own.width, strength)
+    return trust * own.mean_gram() + (1 - trust) * prior
+
+
+def corrected_weight(weight: Tensor, gram: Tensor, residual: Tensor, damping: float) -> Tensor:
+    """Move a weight so that the quantized prefix is led back to the output of the bf16 model.
+
+    The residual of a token is the output that is wanted minus ``W x``. The least-squares change of W is
+    ``E[r x^T] (H + damping)^-1``; the damping keeps directions that calibration hardly saw where they are.
+
+    Args:
+        weight: (out_features, in_features) float32.
+        gram: (in_features, in_features), mean x x^T.
+        residual: (out_features, in_features), mean r x^T.
+        damping: share of the mean diagonal of H that is added to it.
+
+    Returns:
+        (out_features, in_features) float32.
+    """
+    wide = gram.double()
+    mean = wide.diagonal().mean()
+    if mean <= 0:
+        return weight
+    ridge = wide + damping * mean * torch.eye(wide.shape[0], dtype=wide.dtype)
+    change = torch.linalg.solve(ridge, residual.double().T).T
+    return weight + change.float()

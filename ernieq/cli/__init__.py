@@ -1,0 +1,51 @@
+"""The command line: ``ernieq COMMAND``, one file per command.
+
+A command's file is imported only when that command runs, so that ``ernieq --help`` answers at once, without
+torch. A command prints; what it prints was computed by the packages below.
+
+To add a command: write ``ernieq/cli/<name>.py`` with a click command called ``command``, and list it here.
+"""
+
+from __future__ import annotations
+
+import click
+
+import ernieq
+from ernieq.cli.group import CommandEntry, CommandSection, ErnieqGroup
+
+SECTIONS = (
+    CommandSection(
+        "Make",
+        (
+            CommandEntry("quantize", "Write a checkpoint at 2, 3 or 4 bits per weight."),
+            CommandEntry("calibrate", "Run texts through a model and report what its experts saw."),
+            CommandEntry("export", "Write the decoded weights as an ordinary checkpoint."),
+        ),
+    ),
+    CommandSection(
+        "Check",
+        (
+            CommandEntry("eval-ppl", "Measure perplexity, and the divergence from the base model."),
+            CommandEntry("inspect", "Show what is inside: bits, bytes and codes per group."),
+            CommandEntry("verify", "Check hashes, shapes, scales and coverage."),
+        ),
+    ),
+    CommandSection("Use", (CommandEntry("generate", "Complete a prompt."),)),
+)
+
+
+@click.command(cls=ErnieqGroup, sections=SECTIONS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(ernieq.__version__, prog_name="ernieq")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Quantize ERNIE 4.5 language models to 2, 3 or 4 bits, check them, run them.
+
+    Every command explains itself: ernieq COMMAND --help. With no model named, quantize takes the small one
+    that comes with this package.
+
+    \b
+    Example:
+      ernieq quantize --bits 2
+      ernieq eval-ppl ernieq-nano-2bit
+      ernieq generate ernieq-nano-2bit "The old house stood"
+    """

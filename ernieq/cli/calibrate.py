@@ -1,0 +1,136 @@
+"""``ernieq calibrate``: what a model's inputs and experts look like on a text, and the Hessians for quantizing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import ernieq
+from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, calibration_texts, resolve_source
+from ernieq.calibrate import LayerStatistics, TextFile, read_text_file
+from ernieq.checkpoint import open_checkpoint
+from ernieq.cli.shared import (
+    json_option,
+    overwrite_option,
+    print_json,
+    progress_report,
+    seed_option,
+    threads_option,
+)
+from ernieq.convert import (
+    HessianDirectory,
+    apply_overrides,
+    calibration_record,
+    collect_statistics,
+    default_recipe,
+    draw_sample,
+)
+from ernieq.errors import OutputExistsError
+
+
+def read_texts(paths: Sequence[Path]) -> list[TextFile]:
+    """Read the user's calibration texts, or the bundled ones if none is named."""
+    return [read_text_file(path) for path in paths or [text.path for text in calibration_texts()]]
+
+
+@click.command(name="calibrate")
+@click.argument("model", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for the Hessians, for quantize --hessians.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
+)
+@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.  [default: 128]")
+@click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.  [default: 2048]")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@seed_option
+@threads_option
+@overwrite_option
+@json_option
+def command(
+    model: str | None,
+    out: Path | None,
+    texts: tuple[Path, ...],
+    windows: int | None,
+    window: int | None,
+    revision: str | None,
+    seed: int,
+    threads: int,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    r"""Run texts through MODEL and report how many tokens every expert sees.
+
+    With --out the Hessians of all projections are kept, so that several recipes can be tried quickly. They take
+    four bytes per squared channel: megabytes for a small model, tens of gigabytes for the 21B one.
+
+    \b
+    Examples:
+      ernieq calibrate
+      ernieq calibrate ./my-model --text notes.txt --out my-model-hessians
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    if out is not None and out.exists() and not overwrite:
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
+    name = model or BUNDLED_PREFIX + DEFAULT_MODEL
+    raw = {key: value for key, value in (("windows", windows), ("window", window)) if value is not None}
+    recipe = apply_overrides(default_recipe(2), {"seed": seed, "calibration": raw}, "options")
+    checkpoint = open_checkpoint(resolve_source(name), revision=revision)
+    sample = draw_sample(checkpoint, read_texts(texts), recipe)
+    store = None if out is None else HessianDirectory(out)
+    layers: list[LayerStatistics] = []
+    count = checkpoint.config.num_hidden_layers
+    with progress_report(f"calibrating {name}", total=count, unit="layers") as progress:
+
+        def on_layer(index: int, statistics: LayerStatistics) -> None:
+            if store is not None:
+                store.write_layer(index, statistics)
+            layers.append(dataclasses.replace(statistics, grams={}))
+            progress.advance()
+
+        collect_statistics(checkpoint, sample, recipe.encode.shrinkage, on_layer)
+    checkpoint.close()
+    summary = {
+        "ernieq_version": ernieq.__version__,
+        "source": name,
+        "calibration": dataclasses.asdict(calibration_record(sample)),
+        "layers": [
+            {"index": index, "expert_tokens": layer.expert_tokens, "expert_trust": layer.expert_trust}
+            for index, layer in enumerate(layers)
+        ],
+    }
+    if store is not None:
+        store.write_summary(summary)
+    if as_json:
+        print_json(summary)
+    else:
+        _print(summary, out)
+
+
+def _print(summary: dict[str, Any], out: Path | None) -> None:
+    calibration = summary["calibration"]
+    table = Table(title=f"{summary['source']}: {calibration['tokens']:,} tokens in {calibration['windows']} windows")
+    for heading in ("layer", "experts", "fewest tokens", "median", "most", "least trust in own Hessian"):
+        table.add_column(heading, justify="right")
+    for layer in summary["layers"]:
+        tokens = sorted(layer["expert_tokens"])
+        if tokens:
+            figures = [f"{tokens[0]:,}", f"{tokens[len(tokens) // 2]:,}", f"{tokens[-1]:,}"]
+            table.add_row(str(layer["index"]), str(len(tokens)), *figures, f"{min(layer['expert_trust']):.2f}")
+        else:
+            table.add_row(str(layer["index"]), "dense", "", "", "", "")
+    console = Console()
+    console.print(table)
+    if out is not None:
+        console.print(f"wrote the Hessians to {out}")

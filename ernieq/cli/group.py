@@ -1,0 +1,121 @@
+"""The command group: commands loaded when called, and every failure turned into one sentence."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from ernieq.errors import ErnieqError, StorageError
+
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+INTERNAL_ERROR_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "access is not permitted",
+    errno.EPERM: "access is not permitted",
+    errno.EIO: "the disk reports a read or write error",
+}
+
+
+@dataclass(frozen=True)
+class CommandEntry:
+    """A line of the group's help; ``name`` also says which file holds the command."""
+
+    name: str
+    summary: str
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the file that defines the command."""
+        return f"ernieq.cli.{self.name.replace('-', '_')}"
+
+
+@dataclass(frozen=True)
+class CommandSection:
+    """Commands that stand under one heading in the group's help."""
+
+    title: str
+    entries: tuple[CommandEntry, ...]
+
+
+class ErnieqGroup(click.Group):
+    """A click group that imports a command only to run it or to print its help."""
+
+    def __init__(self, *args: Any, sections: tuple[CommandSection, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """All command names, in the order of the help."""
+        return [entry.name for section in self.sections for entry in section.entries]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import a command's file; ``None`` for a name that is not listed."""
+        for section in self.sections:
+            for entry in section.entries:
+                if entry.name == cmd_name:
+                    command: click.Command = importlib.import_module(entry.module).command
+                    return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Print the sections from their table, importing nothing."""
+        for section in self.sections:
+            with formatter.section(section.title):
+                formatter.write_dl([(entry.name, entry.summary) for entry in section.entries])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; whatever goes wrong leaves as a sentence and an exit code."""
+        with failures_as_sentences(ctx, debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def failures_as_sentences(ctx: click.Context, *, debug: bool) -> Iterator[None]:
+    """Turn what a command raises into one sentence on stderr and an exit code.
+
+    With ``debug`` the exception is raised on, so that its traceback is seen. Click's own exceptions (a bad
+    option, ``ctx.exit``) and a closed pipe are left to click.
+    """
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        message, exit_code = _sentence(error)
+        click.echo(message, err=True)
+        ctx.exit(exit_code)
+
+
+def _sentence(error: BaseException) -> tuple[str, int]:
+    """What to say about an error, and the exit code that goes with it."""
+    match error:
+        case ErnieqError():
+            return f"Error: {error}", error.exit_code
+        case KeyboardInterrupt():
+            return "Interrupted: stopped before the command had finished", INTERRUPTED_EXIT_CODE
+        case OSError(errno=int(number)) if number in _STORAGE_ERRNOS:
+            place = f"{error.filename}: " if error.filename else ""
+            return f"Error: {place}{_STORAGE_ERRNOS[number]}", StorageError.exit_code
+        case _:
+            return (
+                f"Error: internal error, {type(error).__name__}: {_first_line(error)}; "
+                "run ernieq --debug COMMAND to see where it happened",
+                INTERNAL_ERROR_EXIT_CODE,
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, which may be empty or long."""
+    return (str(error).splitlines() or ["no message"])[0]

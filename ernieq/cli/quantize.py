@@ -1,0 +1,231 @@
+"""``ernieq quantize``: a checkpoint in, a packed one at 2, 3 or 4 bits out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, resolve_source
+from ernieq.calibrate import TextFile
+from ernieq.checkpoint import open_checkpoint
+from ernieq.cli.calibrate import read_texts
+from ernieq.cli.shared import (
+    ProgressReport,
+    backend_option,
+    json_option,
+    overwrite_option,
+    print_json,
+    progress_report,
+    seed_option,
+    threads_option,
+)
+from ernieq.convert import (
+    Conversion,
+    ConversionReport,
+    HessianDirectory,
+    LayerReport,
+    Listener,
+    Part,
+    Plan,
+    Recipe,
+    apply_overrides,
+    check_output,
+    default_recipe,
+    estimate_seconds,
+    read_recipe,
+)
+from ernieq.encode import EncodeOptions
+from ernieq.errors import UsageError
+from ernieq.kernels.backend import Backend
+from ernieq.kernels.viterbi import SHORT_FIRST_PASS
+from ernieq.records import format_bytes, format_seconds
+from ernieq.report import model_card
+
+_PART_OPTIONS = {
+    "attention_bits": Part.ATTENTION,
+    "shared_bits": Part.SHARED_EXPERTS,
+    "dense_bits": Part.DENSE_MLP,
+    "embedding_bits": Part.EMBEDDING,
+    "head_bits": Part.HEAD,
+}
+
+
+def _part_options(function: Any) -> Any:
+    for name, part in reversed(_PART_OPTIONS.items()):
+        flag = "--" + name.replace("_", "-")
+        function = click.option(
+            flag, type=int, help=f"Bits of {part.replace('_', ' ')}: 2 to 6, or 16 to keep them."
+        )(function)
+    return function
+
+
+@click.command(name="quantize")
+@click.argument("model", required=False)
+@click.option("--bits", type=int, default=None, help="Bits of the routed experts: 2, 3 or 4.  [default: 2]")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to write.  [default: ./NAME-Nbit]")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe.toml with other bits.")
+@_part_options
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
+)
+@click.option(
+    "--hessians",
+    type=click.Path(path_type=Path),
+    help="Use the output of ernieq calibrate in place of texts: quicker, but errors are not corrected.",
+)
+@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.")
+@click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.")
+@click.option("--state-bits", type=int, help="Length of the code's state: 16, or 10 to 14 for a quick try.")
+@click.option("--fast", is_flag=True, help="Shorten the first search pass: a third less time, 1.5 % more error.")
+@click.option("--revision", help="Branch, tag or commit of a hub repository.")
+@click.option("--dry-run", is_flag=True, help="Print the plan (sizes, memory, disk, time) and stop.")
+@seed_option
+@threads_option
+@backend_option
+@overwrite_option
+@json_option
+def command(  # noqa: PLR0913 - one parameter per option
+    model: str | None,
+    bits: int | None,
+    out: Path | None,
+    recipe_file: Path | None,
+    texts: tuple[Path, ...],
+    hessians: Path | None,
+    revision: str | None,
+    dry_run: bool,
+    threads: int,
+    backend: Backend,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    r"""Quantize MODEL: a directory, a hub id, or the small bundled model if none is named.
+
+    \b
+    Examples:
+      ernieq quantize --bits 2
+      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
+      ernieq quantize ./my-model --bits 3 --attention-bits 5 --dry-run
+    """
+    name = model or BUNDLED_PREFIX + DEFAULT_MODEL
+    recipe = _recipe(bits, recipe_file, settings)
+    with progress_report(f"opening {name}", unit="weights") as progress:
+        checkpoint = open_checkpoint(resolve_source(name), revision=revision)
+        out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{recipe.bits}bit")
+        options = EncodeOptions(backend=backend, threads=threads)
+        listener = _listener(progress, checkpoint.config.num_hidden_layers)
+        calibration = _calibration(texts, hessians, settings)
+        conversion = Conversion(checkpoint, name, recipe, calibration, options, listener)
+        if dry_run:
+            check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
+            _print_plan(conversion.plan, estimate_seconds(checkpoint.config, conversion.plan, recipe, options), out, as_json=as_json)
+            return
+        progress.update("encoding", 0, conversion.plan.encoded_weights)
+        started = time.monotonic()
+        report = conversion.run(
+            out, overwrite=overwrite, card=lambda report: _card(name, out, recipe, report)
+        )
+        seconds = time.monotonic() - started
+    _print_result(report, out, seconds, as_json=as_json)
+    checkpoint.close()
+
+
+def _recipe(bits: int | None, recipe_file: Path | None, settings: dict[str, Any]) -> Recipe:
+    """Defaults, then the file, then the options."""
+    recipe = read_recipe(recipe_file, bits) if recipe_file else default_recipe(2 if bits is None else bits)
+    if bits is not None:
+        recipe = dataclasses.replace(recipe, parts={**recipe.parts, Part.ROUTED_EXPERTS: bits})
+    parts = {str(part): settings[key] for key, part in _PART_OPTIONS.items() if settings[key] is not None}
+    encode = {"state_bits": settings["state_bits"]} if settings["state_bits"] is not None else {}
+    if settings["fast"]:
+        encode["first_pass_steps"] = SHORT_FIRST_PASS
+    calibration = {key: settings[key] for key in ("windows", "window") if settings[key] is not None}
+    raw = {"parts": parts, "encode": encode, "calibration": calibration}
+    if settings["seed"] or recipe_file is None:
+        raw["seed"] = settings["seed"]
+    return apply_overrides(recipe, raw, "options")
+
+
+def _calibration(
+    texts: tuple[Path, ...], hessians: Path | None, settings: dict[str, Any]
+) -> list[TextFile] | HessianDirectory:
+    if hessians is None:
+        return read_texts(texts)
+    if texts or settings["windows"] or settings["window"]:
+        raise UsageError(
+            "--text, --windows and --window mean nothing beside --hessians: "
+            "the sample was drawn when the Hessians were collected"
+        )
+    return HessianDirectory(hessians)
+
+
+def _listener(progress: ProgressReport, layers: int) -> Listener:
+    def on_layer(report: LayerReport) -> None:
+        errors = list(report.errors.values())
+        mean = sum(errors) / len(errors) if errors else 0.0
+        line = f"layer {report.index + 1}/{layers}: weight error {mean:.4f}, output error {report.output_error:.4f}"
+        if report.expert_tokens:
+            line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
+        progress.line(line)
+
+    return Listener(on_phase=progress.describe, on_weights=progress.advance, on_layer=on_layer)
+
+
+def _card(name: str, out: Path, recipe: Recipe, report: ConversionReport) -> str:
+    return model_card(
+        name=out.name,
+        base=name,
+        recipe=recipe.to_dict(),
+        parts=[dataclasses.asdict(part) for part in report.plan.parts],
+        output_bytes=report.plan.output_bytes,
+        bits_per_weight=report.plan.bits_per_weight,
+    )
+
+
+def _print_plan(plan: Plan, seconds: float, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        facts = dataclasses.asdict(plan) | {"out": str(out), "seconds": seconds}
+        print_json(facts | {"parameters": plan.parameters, "bits_per_weight": plan.bits_per_weight})
+        return
+    table = Table(title=f"Plan for {out}")
+    for heading in ("part", "parameters", "bits", "bytes"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for part in plan.parts:
+        table.add_row(part.part, f"{part.parameters:,}", f"{part.bits:.2f}", format_bytes(part.bytes))
+    table.add_row("total", f"{plan.parameters:,}", f"{plan.bits_per_weight:.2f}", format_bytes(plan.output_bytes))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"memory about {format_bytes(plan.memory_bytes)}, disk {format_bytes(plan.output_bytes)}, "
+        f"time about {format_seconds(seconds)}"
+    )
+
+
+def _print_result(report: ConversionReport, out: Path, seconds: float, *, as_json: bool) -> None:
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if as_json:
+        print_json(
+            {
+                "out": str(out),
+                "bytes": size,
+                "bits_per_weight": 8 * size / report.plan.parameters,
+                "seconds": seconds,
+                "calibration_tokens": report.calibration.tokens,
+                "layers": [dataclasses.asdict(layer) for layer in report.layers],
+            }
+        )
+        return
+    click.echo(
+        f"wrote {out}: {format_bytes(size)}, {8 * size / report.plan.parameters:.2f} bits per weight over all "
+        f"parameters, in {format_seconds(seconds)}"
+    )

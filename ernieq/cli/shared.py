@@ -1,0 +1,157 @@
+"""Options that several commands take, and how a command shows that it is still at work.
+
+    @click.command(name="verify")
+    @click.argument("path", type=CHECKPOINT)
+    @threads_option
+    @json_option
+    def command(path: Path, threads: int, as_json: bool) -> None:
+
+Results go to stdout, progress to stderr: a result can be piped while a bar is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from ernieq.kernels.backend import Backend, default_threads
+from ernieq.records import format_rate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def threads_option(function: Function) -> Function:
+    """Add ``--threads``; the command receives ``threads: int``, at least 1."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=default_threads,
+        show_default="all processors",
+        help="Number of CPU threads.",
+    )(function)
+
+
+def backend_option(function: Function) -> Function:
+    """Add ``--backend``; the command receives ``backend: Backend``."""
+    return click.option(
+        "--backend",
+        type=click.Choice([backend.value for backend in Backend]),
+        default=Backend.AUTO.value,
+        show_default=True,
+        callback=lambda _context, _parameter, name: Backend(name),
+        help="Implementation of the kernels; auto takes the fastest that this processor can run.",
+    )(function)
+
+
+def json_option(function: Function) -> Function:
+    """Add ``--json``; the command receives ``as_json: bool``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object in place of a table.")(
+        function
+    )
+
+
+def overwrite_option(function: Function) -> Function:
+    """Add ``--overwrite``; the command receives ``overwrite: bool``."""
+    return click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")(function)
+
+
+def seed_option(function: Function) -> Function:
+    """Add ``--seed``; the command receives ``seed: int``, 0 unless said otherwise."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(min=0, max=2**63 - 1),
+        default=0,
+        show_default=True,
+        help="Seed of everything that is drawn at random.",
+    )(function)
+
+
+def print_json(value: Any) -> None:
+    """Print a result as one indented JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class ProgressReport:
+    """What a command tells while it works: a bar that moves on, and lines that stay.
+
+    The bar is drawn only on a terminal; the lines are printed everywhere.
+    """
+
+    def __init__(self, console: Console, bar: Progress | None, task: TaskID | None) -> None:
+        self._console = console
+        self._bar = bar
+        self._task = task
+
+    def advance(self, amount: float = 1) -> None:
+        """Move the bar on by an amount of work."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, amount)
+
+    def describe(self, what: str) -> None:
+        """Say what is being done now."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=what)
+
+    def update(self, what: str, done: float, total: float) -> None:
+        """Say what is being done and how far it is; fits the libraries' ``on_progress``."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def line(self, text: str) -> None:
+        """Print a line that stays, for example the figures of one finished layer."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_report(
+    description: str, *, total: float | None = None, unit: str = "steps", console: Console | None = None
+) -> Iterator[ProgressReport]:
+    """Show a bar with rate and time left on a terminal; elsewhere show only the lines.
+
+    Args:
+        description: what is being done, in a few words.
+        total: amount of work, if it is known.
+        unit: what the work is counted in, for the rate ("layers", "windows").
+        console: where to draw; stderr unless given.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressReport(console, None, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        _RateColumn(unit),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield ProgressReport(console, bar, bar.add_task(description, total=total))
+
+
+class _RateColumn(ProgressColumn):
+    """Work done per second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The rate, or nothing before there is one."""
+        return Text(format_rate(task.speed, self._unit) if task.speed else "", style="progress.data.speed")

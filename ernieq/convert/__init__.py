@@ -1,0 +1,43 @@
+"""Conversions: the recipe, the plan, the job that quantizes a checkpoint, and the export of one."""
+
+from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
+from ernieq.convert.estimate import estimate_seconds
+from ernieq.convert.job import Conversion, ConversionReport, Listener, check_output
+from ernieq.convert.layer import LayerQuantizer, LayerReport
+from ernieq.convert.plan import PartPlan, Plan, make_plan
+from ernieq.convert.recipe import (
+    KEEP,
+    CalibrationSettings,
+    EncodeSettings,
+    Part,
+    Recipe,
+    apply_overrides,
+    default_recipe,
+    read_recipe,
+)
+from ernieq.convert.stored import HessianDirectory
+
+__all__ = [
+    "KEEP",
+    "CalibrationSettings",
+    "Conversion",
+    "ConversionReport",
+    "EncodeSettings",
+    "HessianDirectory",
+    "LayerQuantizer",
+    "LayerReport",
+    "Listener",
+    "Part",
+    "PartPlan",
+    "Plan",
+    "Recipe",
+    "apply_overrides",
+    "calibration_record",
+    "check_output",
+    "collect_statistics",
+    "default_recipe",
+    "draw_sample",
+    "estimate_seconds",
+    "make_plan",
+    "read_recipe",
+]

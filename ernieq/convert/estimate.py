@@ -1,0 +1,81 @@
+"""How long a conversion will take: two short measurements on this machine, and the work that the plan holds."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from ernieq.convert.plan import Plan
+from ernieq.convert.recipe import Recipe
+from ernieq.encode import EncodeOptions
+from ernieq.kernels.viterbi import encode_tiles
+from ernieq.model import ModelConfig
+from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode
+
+_PROBE_TILES = 32
+_PROBE_SIDE = 512
+
+# Passes of a token through the active weights of a layer while it is calibrated: the bf16 stream, its
+# activations on the quantized routing, the quantized stream, its activations for the Hessians.
+_PASSES = 5
+
+
+def estimate_seconds(config: ModelConfig, plan: Plan, recipe: Recipe, options: EncodeOptions) -> float:
+    """Seconds that encoding and calibration will take, from a probe of well under a second.
+
+    Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
+    """
+    weights_at: dict[int, int] = {}
+    for module, bits in plan.modules.items():
+        weights_at[bits] = weights_at.get(bits, 0) + plan.module_weights[module]
+    encoding = sum(
+        weights / _encode_rate(TrellisCode(bits, recipe.encode.state_bits), options)
+        for bits, weights in weights_at.items()
+    )
+    length = min(recipe.calibration.window, config.max_position_embeddings)
+    tokens = recipe.calibration.windows * length
+    return encoding + tokens * _operations_per_token(config, length) / _matmul_rate()
+
+
+def _encode_rate(code: TrellisCode, options: EncodeOptions) -> float:
+    """Weights a second of the trellis search."""
+    targets = np.random.default_rng(0).standard_normal((_PROBE_TILES, TILE_WEIGHTS)) * VALUE_RMS
+    wanted = targets.astype(np.float32)
+    encode_tiles(wanted[:2], code, backend=options.backend, threads=options.threads)
+    started = time.perf_counter()
+    encode_tiles(
+        wanted,
+        code,
+        first_pass_steps=options.first_pass_steps,
+        backend=options.backend,
+        threads=options.threads,
+    )
+    return wanted.size / (time.perf_counter() - started)
+
+
+def _matmul_rate() -> float:
+    """Multiplications and additions a second of a matrix product of typical size."""
+    left, right = torch.randn(_PROBE_SIDE, _PROBE_SIDE), torch.randn(_PROBE_SIDE, _PROBE_SIDE)
+    left @ right
+    started = time.perf_counter()
+    for _ in range(8):
+        left @ right
+    return 8 * 2 * _PROBE_SIDE**3 / (time.perf_counter() - started)
+
+
+def _operations_per_token(config: ModelConfig, length: int) -> float:
+    """Multiplications and additions for one calibration token, all layers together."""
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    cached = config.num_key_value_heads * config.head_dim
+    attention = hidden * (2 * heads + 2 * cached) + heads * length  # projections; half the score matrix, twice
+    total = 0.0
+    for index in range(config.num_hidden_layers):
+        if config.is_moe_layer(index):
+            inner, active = config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
+        else:
+            inner, active = config.intermediate_size, 1
+        grams = (2 + active) * hidden**2 + active * (inner**2 + inner * hidden) + heads * (heads + hidden)
+        total += 2 * attention + _PASSES * active * 3 * hidden * inner + grams
+    return 2 * total

@@ -1,0 +1,258 @@
+"""The conversion: an ERNIE 4.5 checkpoint in, a packed one out, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ernieq
+from ernieq.calibrate import CalibrationSample, Streams, TextFile, stream_dtype
+from ernieq.checkpoint import (
+    Checkpoint,
+    load_embedding,
+    load_final_norm,
+    load_head,
+    load_layer,
+)
+from ernieq.convert.collect import calibration_record, draw_sample
+from ernieq.convert.layer import LayerQuantizer, LayerReport
+from ernieq.convert.plan import Plan, make_plan
+from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.stored import HessianDirectory, quantize_layer_from
+from ernieq.encode import EncodeOptions, encode_matrices, input_signs
+from ernieq.errors import OutputExistsError, StorageError
+from ernieq.model import Rotary
+from ernieq.pack import CalibrationRecord, Manifest, PackedWriter, RawTensor, Source, file_sha256
+from ernieq.trellis import TrellisCode
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+_SPARE_DISK_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a conversion tells while it works.
+
+    Args:
+        on_phase: a sentence when something new begins.
+        on_weights: weights encoded since the last call.
+        on_layer: report of a finished layer.
+    """
+
+    on_phase: Callable[[str], None] = lambda _: None
+    on_weights: Callable[[int], None] = lambda _: None
+    on_layer: Callable[[LayerReport], None] = lambda _: None
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did."""
+
+    plan: Plan
+    calibration: CalibrationRecord
+    layers: list[LayerReport] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something or can't hold the result.
+
+    Raises:
+        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+        StorageError: the disk has too little space.
+    """
+    target, source = out.resolve(), checkpoint.directory.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
+    place = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < plan.output_bytes + _SPARE_DISK_BYTES:
+        raise StorageError(
+            f"{place} has {free / 1e9:.2f} GB free; the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
+        )
+
+
+class Conversion:
+    """One run of ``ernieq quantize``.
+
+    Args:
+        checkpoint: the source.
+        source_name: how the user named it; written into the manifest, so that a check finds its base.
+        recipe: bits and settings.
+        calibration: texts to calibrate on, or the Hessians that were collected before.
+        options: how matrices are encoded.
+        listener: told what happens.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source_name: str,
+        recipe: Recipe,
+        calibration: Sequence[TextFile] | HessianDirectory,
+        options: EncodeOptions,
+        listener: Listener | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._source_name = source_name
+        self._recipe = recipe
+        self._calibration = calibration
+        self._options = dataclasses.replace(
+            options, damping=recipe.encode.damping, first_pass_steps=recipe.encode.first_pass_steps
+        )
+        self._listener = listener or Listener()
+        self.plan = make_plan(checkpoint, recipe)
+
+    def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
+        """Convert.
+
+        Args:
+            out: directory to create.
+            overwrite: whether an existing model directory may be replaced, once the new one is whole.
+            card: writes the model card from the report.
+
+        Raises:
+            ErnieqError: anything from the tree; the input is untouched and no output is left.
+        """
+        check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
+        with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
+            if isinstance(self._calibration, HessianDirectory):
+                report = ConversionReport(self.plan, self._calibration.record)
+                self._encode_from(self._calibration, writer, report)
+            else:
+                sample = draw_sample(self._checkpoint, self._calibration, self._recipe)
+                report = ConversionReport(self.plan, calibration_record(sample))
+                self._encode_along(sample, writer, report)
+            self._keep_rest(writer)
+            for path in self._checkpoint.aux_files():
+                writer.copy_file(path)
+            self._listener.on_phase("writing and verifying")
+            writer.finish(self._checkpoint.raw_config, self._manifest(report), card=card(report))
+        return report
+
+    def _encode_along(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> None:
+        """Encode layer by layer, each calibrated on the output of the quantized ones before it."""
+        config = self._checkpoint.config
+        streams = self._embed(sample, writer, report)
+        rotary = Rotary(config).angles(torch.arange(streams.shape[1]))
+        quantizer = LayerQuantizer(config, self._recipe, self._options, writer, self._listener.on_weights)
+        for index in range(config.num_hidden_layers):
+            self._listener.on_phase(f"layer {index}")
+            self._finish_layer(report, quantizer.run(index, load_layer(self._checkpoint, index), streams, rotary))
+        if not config.tie_word_embeddings:
+            self._encode_head(writer, self._head_gram(streams), report)
+
+    def _encode_from(self, stored: HessianDirectory, writer: PackedWriter, report: ConversionReport) -> None:
+        """Encode layer by layer with the Hessians of the unquantized model."""
+        config = self._checkpoint.config
+        self._encode_embedding(writer, report)
+        for index in range(config.num_hidden_layers):
+            self._listener.on_phase(f"layer {index}")
+            layer, grams = load_layer(self._checkpoint, index), stored.read_layer(index)
+            finished = quantize_layer_from(
+                config, index, layer, grams, self._recipe, self._options, writer, self._listener.on_weights
+            )
+            self._finish_layer(report, finished)
+        if not config.tie_word_embeddings:
+            self._encode_head(writer, None, report)
+
+    def _finish_layer(self, report: ConversionReport, layer: LayerReport) -> None:
+        report.layers.append(layer)
+        report.errors |= {f"model.layers.{layer.index}.{name}": error for name, error in layer.errors.items()}
+        self._listener.on_layer(layer)
+        self._checkpoint.release()
+
+    def _encode_embedding(self, writer: PackedWriter, report: ConversionReport) -> tuple[Tensor, Tensor]:
+        """Encode the embedding; returns the source's table and the decoded one."""
+        self._listener.on_phase("embedding")
+        table = load_embedding(self._checkpoint).weight.data
+        return table, self._encode_alone(writer, report, EMBEDDING, Part.EMBEDDING, table, None)
+
+    def _embed(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> Streams:
+        """Encode the embedding and look up all calibration tokens in both tables."""
+        table, decoded = self._encode_embedding(writer, report)
+        dtype = stream_dtype(*sample.windows.shape, table.shape[1])
+        lookups = (nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded))
+        streams = Streams(*lookups)
+        self._checkpoint.release()
+        return streams
+
+    def _head_gram(self, streams: Streams) -> Tensor:
+        """Mean x x^T of the head's input, (hidden_size, hidden_size)."""
+        norm = load_final_norm(self._checkpoint)
+        gram = torch.zeros(streams.shape[2], streams.shape[2])
+        for batch in streams.batches():
+            inputs = norm(streams.quantized[batch].float()).flatten(0, 1)
+            gram.addmm_(inputs.T, inputs)
+        return gram / (streams.shape[0] * streams.shape[1])
+
+    def _encode_head(self, writer: PackedWriter, gram: Tensor | None, report: ConversionReport) -> None:
+        self._listener.on_phase("head")
+        weight = load_head(self._checkpoint).weight.data
+        self._encode_alone(writer, report, HEAD, Part.HEAD, weight, gram)
+
+    def _encode_alone(
+        self,
+        writer: PackedWriter,
+        report: ConversionReport,
+        module: str,
+        part: Part,
+        weight: Tensor,
+        gram: Tensor | None,
+    ) -> Tensor:
+        """Encode a matrix outside the layers, unless it is kept; returns what it decodes to."""
+        bits = self._recipe.bits_of(module, part)
+        if bits == KEEP:
+            return weight
+        width = weight.shape[1]
+        code = TrellisCode(bits, self._recipe.encode.state_bits)
+        signs = input_signs(self._recipe.seed, f"{module}.input", width)
+        gram = torch.eye(width) if gram is None else gram
+        result = encode_matrices({module: weight}, gram, signs, code, self._options, self._listener.on_weights)
+        writer.add_encoded(module, result[module].encoded)
+        report.errors[module] = result[module].proxy_error
+        return result[module].decoded
+
+    def _keep_rest(self, writer: PackedWriter) -> None:
+        unknown = set(self._checkpoint.audit().unknown)
+        for name in self._checkpoint.names():
+            if name.removesuffix(".weight") in self.plan.modules:
+                continue
+            info = self._checkpoint.info(name)
+            raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
+            writer.add_tensor(name, raw, carried=name in unknown)
+
+    def _manifest(self, report: ConversionReport) -> Manifest:
+        return Manifest(
+            ernieq_version=ernieq.__version__,
+            source=Source(
+                self._source_name,
+                self._checkpoint.revision,
+                {path.name: file_sha256(path) for path in self._checkpoint.shard_files()},
+            ),
+            recipe=self._recipe.to_dict(),
+            seed=self._recipe.seed,
+            calibration=report.calibration,
+            report={
+                "proxy_errors": {name: float(np.float32(error)) for name, error in report.errors.items()},
+                "layers": [
+                    {
+                        "index": layer.index,
+                        "output_error": layer.output_error,
+                        "expert_tokens": layer.expert_tokens,
+                        "expert_trust": layer.expert_trust,
+                    }
+                    for layer in report.layers
+                ],
+            },
+        )

@@ -1,0 +1,147 @@
+"""What a conversion will do, from the headers alone: bits of every tensor, sizes, memory, disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+
+from ernieq.calibrate import stream_dtype
+from ernieq.checkpoint import Checkpoint
+from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.errors import RecipeError, ShapeError
+from ernieq.model import ModelConfig, ParameterRole, expected_parameters
+from ernieq.trellis import TILE_SIDE
+
+PARTS = {
+    ParameterRole.ROUTED_EXPERT: Part.ROUTED_EXPERTS,
+    ParameterRole.SHARED_EXPERT: Part.SHARED_EXPERTS,
+    ParameterRole.ATTENTION: Part.ATTENTION,
+    ParameterRole.DENSE_MLP: Part.DENSE_MLP,
+    ParameterRole.EMBEDDING: Part.EMBEDDING,
+    ParameterRole.HEAD: Part.HEAD,
+}
+_HEADER_BYTES_PER_TENSOR = 150
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of the model in the plan: parameters, bits a weight in the packed rings, bytes with scales."""
+
+    part: str
+    parameters: int
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written and what it takes.
+
+    Args:
+        modules: bits of every module that is quantized.
+        parts: totals per part; what is kept or carried comes last.
+        output_bytes: size of the packed checkpoint.
+        memory_bytes: estimate of the peak of resident memory, the program itself included.
+        module_weights: weights of every module that is quantized.
+    """
+
+    modules: dict[str, int]
+    parts: tuple[PartPlan, ...]
+    output_bytes: int
+    memory_bytes: int
+    module_weights: dict[str, int]
+
+    @property
+    def encoded_weights(self) -> int:
+        """Weights that go through the trellis search."""
+        return sum(self.module_weights.values())
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole checkpoint."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per parameter of the whole checkpoint."""
+        return 8 * self.output_bytes / self.parameters
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Plan a conversion.
+
+    Raises:
+        ShapeError: a matrix that is to be quantized has a side that is not a multiple of 16.
+        RecipeError: a pattern of the recipe matches nothing that can be quantized, or nothing is quantized.
+    """
+    modules: dict[str, int] = {}
+    totals: dict[str, list[int]] = {str(part): [0, 0, 0] for part in PARTS.values()} | {"kept": [0, 0, 0]}
+    quantizable: set[str] = set()
+    expected = expected_parameters(checkpoint.config)
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        parameters = prod(info.shape)
+        part = PARTS.get(expected[name].role) if name in expected and name.endswith(".weight") else None
+        module = name.removesuffix(".weight")
+        bits = KEEP
+        if part is not None:
+            quantizable.add(module)
+            bits = recipe.bits_of(module, part)
+        row = totals["kept" if part is None else str(part)]
+        row[0] += parameters
+        if bits == KEEP:
+            row[1] += 8 * info.nbytes
+            row[2] += info.nbytes + _HEADER_BYTES_PER_TENSOR
+            continue
+        _check_sides(name, info.shape)
+        modules[module] = bits
+        row[1] += parameters * bits
+        rows, columns = info.shape
+        row[2] += parameters * bits // 8 + 2 * rows + columns // 8 + 3 * _HEADER_BYTES_PER_TENSOR
+    _check_patterns(recipe, quantizable)
+    if not modules:
+        raise RecipeError("the recipe keeps every tensor: there is nothing to quantize")
+    parts = tuple(
+        PartPlan(name, count, bits / count, size) for name, (count, bits, size) in totals.items() if count
+    )
+    weights = {module: prod(checkpoint.info(f"{module}.weight").shape) for module in modules}
+    total = sum(part.bytes for part in parts)
+    return Plan(modules, parts, total, _memory(checkpoint.config, recipe), weights)
+
+
+def _memory(config: ModelConfig, recipe: Recipe) -> int:
+    """Peak of resident memory: program, two copies of the largest layer, the streams, Hessians at work."""
+    windows, length = recipe.calibration.windows, min(recipe.calibration.window, config.max_position_embeddings)
+    layer: dict[str, int] = {}
+    for name, spec in expected_parameters(config).items():
+        if name.startswith("model.layers."):
+            key = name.split(".")[2]
+            layer[key] = layer.get(key, 0) + prod(spec.shape)
+    itemsize = stream_dtype(windows, length, config.hidden_size).itemsize
+    # Streams before and behind a sub-layer, or contexts beside them: two pairs.
+    streams = 4 * windows * length * config.hidden_size * itemsize
+    embedding = 2 * config.vocab_size * config.hidden_size * _FLOAT32
+    widest = max(config.hidden_size, config.intermediate_size, config.moe_intermediate_size)
+    hessians = 8 * widest * widest * _FLOAT32
+    program = 600_000_000
+    return program + streams + max(embedding, 2 * max(layer.values()) * _FLOAT32 + hessians)
+
+
+def _check_sides(name: str, shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or any(side % TILE_SIDE for side in shape):
+        raise ShapeError(
+            f"{name} has shape {tuple(shape)}; the trellis code needs sides that are multiples of {TILE_SIDE} "
+            "(keep it with 16 bits in the recipe)"
+        )
+
+
+def _check_patterns(recipe: Recipe, quantizable: set[str]) -> None:
+    for pattern in recipe.modules:
+        if not any(fnmatchcase(module, pattern) for module in quantizable):
+            raise RecipeError(
+                f"the recipe's pattern {pattern!r} matches no module that can be quantized "
+                "(router, bias and norms never are)"
+            )
+

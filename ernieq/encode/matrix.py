@@ -1,0 +1,127 @@
+"""Encode matrices that read the same input: rotate, scale, LDLQ, fit the scales, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
+from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
+from ernieq.encode.scales import initial_scale, refit_scale
+from ernieq.errors import ShapeError
+from ernieq.kernels.backend import Backend
+from ernieq.kernels.hadamard import rotate, unrotate
+from ernieq.kernels.viterbi import FULL_FIRST_PASS
+from ernieq.trellis import TILE_SIDE, EncodedMatrix, TrellisCode, pack_symbols
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a matrix is encoded.
+
+    Args:
+        damping: share of the mean diagonal that is added to a Hessian before it is factored.
+        first_pass_steps: length of the first tail-biting pass, 96 (quick) to 256.
+        backend: implementation of the trellis search.
+        threads: threads of the trellis search; all processors by default.
+    """
+
+    damping: float = 0.01
+    first_pass_steps: int = FULL_FIRST_PASS
+    backend: Backend = Backend.AUTO
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class EncodingResult:
+    """An encoded matrix, what it decodes to, and how far that is from the target.
+
+    Args:
+        encoded: the hand-over to the packer.
+        decoded: (out_features, in_features) float32 in the model's own basis.
+        proxy_error: tr(E H E^T) / tr(W H W^T) with the undamped Hessian, dimensionless.
+    """
+
+    encoded: EncodedMatrix
+    decoded: Tensor
+    proxy_error: float
+
+
+def encode_matrices(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    signs: NDArray[np.int8],
+    code: TrellisCode,
+    options: EncodeOptions,
+    on_block: Callable[[int], None] | None = None,
+) -> dict[str, EncodingResult]:
+    """Encode matrices that share an input, a Hessian and a code; their rows are searched together.
+
+    Args:
+        weights: name -> (out_features, in_features) float32; sides are multiples of 16.
+        hessian: (in_features, in_features) float32, mean of x x^T over tokens, in the model's own basis.
+        signs: (in_features,) int8 of the rotation.
+        code: the trellis code.
+        options: see ``EncodeOptions``.
+        on_block: called with the number of weights after each block of columns.
+
+    Returns:
+        name -> result, in the order of ``weights``.
+
+    Raises:
+        ShapeError: a side of a matrix is not a multiple of 16.
+    """
+    for name, weight in weights.items():
+        if any(side % TILE_SIDE for side in weight.shape):
+            raise ShapeError(
+                f"{name} has shape {tuple(weight.shape)}; the trellis code needs sides that are multiples of 16"
+            )
+    stacked = torch.cat([weight.float() for weight in weights.values()])
+    block = rotation_block(stacked.shape[1])
+    sign_tensor = torch.from_numpy(signs)
+    rotated = rotate(stacked, sign_tensor, block)
+    rotated_hessian = symmetric(rotate_hessian(hessian.float(), sign_tensor, block))
+    scale = initial_scale(rotated, code.bits_per_weight)
+    symbols, normalised = encode_ldlq(
+        rotated,
+        block_ldl_factor(rotated_hessian, options.damping),
+        scale.float(),
+        code,
+        first_pass_steps=options.first_pass_steps,
+        backend=options.backend,
+        threads=options.threads,
+        on_block=on_block,
+    )
+    scale = refit_scale(rotated, normalised, rotated_hessian, scale)
+    decoded = normalised * scale.float()[:, None]
+    packed = pack_symbols(symbols, code)
+    own_basis = unrotate(decoded, sign_tensor, block)
+    results, start = {}, 0
+    for name, weight in weights.items():
+        stop = start + weight.shape[0]
+        encoded = EncodedMatrix(
+            packed=packed[start // TILE_SIDE : stop // TILE_SIDE],
+            scale=scale[start:stop].numpy(),
+            signs=signs,
+            rotation_block=block,
+            code=code,
+        )
+        error = proxy_error(rotated[start:stop], decoded[start:stop], rotated_hessian)
+        results[name] = EncodingResult(encoded, own_basis[start:stop], error)
+        start = stop
+    return results
+
+
+def proxy_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T); the plain squared error where the Hessian is zero."""
+    difference = weight - decoded
+    loss = ((difference @ hessian) * difference).sum()
+    power = ((weight @ hessian) * weight).sum()
+    if power <= 0:
+        loss, power = difference.square().sum(), weight.square().sum()
+    return float(loss / power) if power > 0 else 0.0

@@ -1,0 +1,47 @@
+"""Which implementation of a kernel runs: always an argument, never an environment variable."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+
+from ernieq.errors import BackendUnavailableError
+
+
+class Backend(StrEnum):
+    """An implementation: the plain reference, or C++ for one instruction set."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    SCALAR = "scalar"
+    AVX2 = "avx2"
+    AVX512 = "avx512"
+
+
+def resolve_backend(backend: Backend) -> Backend:
+    """Turn ``AUTO`` into the best C++ path of this processor and check that any other can run.
+
+    Raises:
+        BackendUnavailableError: the C++ module is missing, or the processor lacks the instruction set.
+    """
+    if backend is Backend.REFERENCE:
+        return backend
+    try:
+        from ernieq.kernels import _native
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the C++ kernels are not built ({error}); install the package again or pass --backend reference"
+        ) from error
+    available = [Backend(name) for name in _native.available_isas()]
+    if backend is Backend.AUTO:
+        return available[-1]
+    if backend not in available:
+        raise BackendUnavailableError(
+            f"backend {backend} needs instructions that this processor lacks; it has {', '.join(available)}"
+        )
+    return backend
+
+
+def default_threads() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

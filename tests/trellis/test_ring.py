@@ -1,0 +1,124 @@
+"""Properties of the tile order, the ring and the values."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ernieq.errors import ShapeError, UsageError
+from ernieq.trellis import (
+    TILE_WEIGHTS,
+    EncodedMatrix,
+    TrellisCode,
+    matrix_to_tiles,
+    pack_symbols,
+    ring_states,
+    state_values,
+    tile_order,
+    tile_values,
+    tiles_to_matrix,
+    unpack_symbols,
+)
+
+CODES = st.builds(
+    TrellisCode, st.integers(2, 5), st.sampled_from([10, 12, 14, 16])
+)
+
+
+def slow_value(state: int) -> int:
+    """The value of a state in plain Python integers, from the formula in DESIGN and FORMAT.md."""
+    product = (0x83DCD12D * state) % 2**32
+    return sum(product.to_bytes(4, "little")) - 510
+
+
+def slow_states(symbols: list[int], bits: int, state_bits: int) -> list[int]:
+    """States from the definition: the L bits of the ring that end with the symbol's own bits."""
+    ring = "".join(format(symbol, f"0{bits}b") for symbol in symbols)
+    doubled = ring + ring
+    return [
+        int(doubled[len(ring) + end - state_bits : len(ring) + end], 2)
+        for end in range(bits, len(ring) + 1, bits)
+    ]
+
+
+def test_values_equal_the_byte_sum_in_plain_integers() -> None:
+    values = state_values(16)
+    for state in [0, 1, 2, 255, 256, 4095, 40000, 65535]:
+        assert values[state] == slow_value(state)
+
+
+def test_values_are_about_gaussian_with_the_stated_spread() -> None:
+    values = state_values(16).astype(np.float64)
+    assert abs(values.mean()) < 0.05
+    assert values.std() == pytest.approx(147.8, abs=0.05)
+    assert (values**4).mean() / values.var() ** 2 == pytest.approx(2.7, abs=0.05)
+
+
+@given(CODES, st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_byte_string_is_a_legal_tile_and_packs_back_to_itself(code: TrellisCode, data: st.DataObject) -> None:
+    raw = data.draw(st.binary(min_size=2 * code.units_per_tile, max_size=2 * code.units_per_tile))
+    packed = np.frombuffer(raw, dtype="<i2")
+    symbols = unpack_symbols(packed, code)
+    assert symbols.shape == (TILE_WEIGHTS,)
+    assert symbols.max() < code.symbols
+    np.testing.assert_array_equal(pack_symbols(symbols, code), packed)
+    expected = slow_states(symbols.tolist(), code.bits_per_weight, code.state_bits)
+    assert ring_states(symbols, code).tolist() == expected
+    assert np.abs(tile_values(packed, code)).max() <= 510
+
+
+def test_each_state_overlaps_the_next_in_all_but_its_new_bits_around_the_ring() -> None:
+    code = TrellisCode(3)
+    symbols = np.random.default_rng(0).integers(0, 8, TILE_WEIGHTS).astype(np.uint8)
+    states = ring_states(symbols, code).astype(np.int64)
+    np.testing.assert_array_equal((np.roll(states, 1) << 3 & 0xFFFF) | symbols, states)
+
+
+def test_the_tile_order_is_the_operand_order_of_m16n8k16() -> None:
+    order = tile_order()
+    assert sorted(order.tolist()) == list(range(256))
+    # PTX ISA, "Matrix fragments for mma.m16n8k16": lane 5 holds a0..a7 of rows 1 and 9, columns 2, 3 and 10, 11.
+    rows_columns = [(1, 2), (1, 3), (9, 2), (9, 3), (1, 10), (1, 11), (9, 10), (9, 11)]
+    assert order[40:48].tolist() == [row * 16 + column for row, column in rows_columns]
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_cutting_into_tiles_is_undone_by_joining_them(rows: int, columns: int) -> None:
+    matrix = np.arange(rows * columns * 256).reshape(rows * 16, columns * 16)
+    np.testing.assert_array_equal(tiles_to_matrix(matrix_to_tiles(matrix)), matrix)
+
+
+def test_a_side_that_is_no_multiple_of_16_is_refused() -> None:
+    with pytest.raises(ShapeError, match="24 x 16"):
+        matrix_to_tiles(np.zeros((24, 16)))
+
+
+@pytest.mark.parametrize(("bits", "state_bits"), [(1, 16), (7, 16), (2, 9), (2, 15), (6, 11), (2, 18)])
+def test_a_code_out_of_range_is_refused(bits: int, state_bits: int) -> None:
+    with pytest.raises(UsageError):
+        TrellisCode(bits, state_bits)
+
+
+def test_an_encoded_matrix_decodes_exactly_to_scale_times_value_over_128() -> None:
+    rng = np.random.default_rng(1)
+    code = TrellisCode(2)
+    packed = rng.integers(-(2**15), 2**15, (2, 3, 32)).astype(np.int16)
+    scale = rng.uniform(0.01, 0.05, 32).astype(np.float16)
+    matrix = EncodedMatrix(packed, scale, np.ones(48, np.int8), 16, code)
+    values = tiles_to_matrix(tile_values(packed, code)).astype(np.float64)
+    exact = values * scale.astype(np.float64)[:, None] / 128
+    np.testing.assert_array_equal(matrix.rotated_weight().astype(np.float64), exact)
+
+
+def test_an_encoded_matrix_whose_parts_do_not_fit_is_refused() -> None:
+    packed = np.zeros((1, 1, 32), np.int16)
+    scale, signs = np.ones(16, np.float16), np.ones(16, np.int8)
+    with pytest.raises(ShapeError, match="units"):
+        EncodedMatrix(packed, scale, signs, 16, TrellisCode(3))
+    with pytest.raises(ShapeError, match="scale"):
+        EncodedMatrix(packed, scale[:8], signs, 16, TrellisCode(2))
+    with pytest.raises(ShapeError, match="signs"):
+        EncodedMatrix(packed, scale, signs[:8], 16, TrellisCode(2))
+    with pytest.raises(ShapeError, match="rotation block"):
+        EncodedMatrix(packed, scale, signs, 12, TrellisCode(2))
