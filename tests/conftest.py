@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("ernieq", derandomize=True, deadline=None, database=None)
 settings.load_profile("ernieq")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """Writes small random checkpoints: ``tiny(moe=False, shards=3)`` gives a directory, a new one each time."""
+    from tests.tiny import write_tiny  # torch stays out of the tests that do without it
+
+    count = 0
+
+    def write(**options: Any) -> Path:
+        nonlocal count
+        count += 1
+        return write_tiny(tmp_path / f"tiny-{count}", **options)
+
+    return write

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernieq.calibrate.moments import Moments
 from ernieq.calibrate.streams import Streams
@@ -92,7 +92,7 @@ class MlpPass:
     @torch.no_grad()
     def down_moments(self, path: str) -> Moments:
         """Moments of the input of the dense or shared down; the residual is all that the stream still lacks."""
-        plain, coded = self._module(self._reference, path), self._module(self._quantized, path)
+        plain, coded = _mlp(self._reference, path), _mlp(self._quantized, path)
         width, hidden = plain.down_proj.in_features, self._streams.shape[2]
         moments = Moments(width, residual_rows=hidden)
         for batch in self._streams.batches():
@@ -107,16 +107,13 @@ class MlpPass:
         """Add the dense or shared part, if there is one, and move the streams behind the layer."""
         hidden = self._streams.shape[2]
         if path is not None:
-            coded = self._module(self._quantized, path)
+            coded = _mlp(self._quantized, path)
             for batch in self._streams.batches():
                 inputs = self._norm(self._streams.quantized[batch].float()).reshape(-1, hidden)
                 target = self._next.quantized[batch]
                 target += coded(inputs).view_as(target).to(target.dtype)
         self._streams.reference.copy_(self._next.reference)
         self._streams.quantized.copy_(self._next.quantized)
-
-    def _module(self, layer: DecoderLayer, path: str) -> nn.Module:
-        return layer.get_submodule(path)
 
     def _routed(self, expert: int) -> tuple[Tensor, Tensor]:
         """Flat indices of the tokens routed to an expert, and their squared routing weights."""
@@ -136,9 +133,14 @@ class MlpPass:
         moments.add(active, weight, (wanted - active) @ plain.down_proj.weight.T)
 
 
-def _activation(mlp: nn.Module, inputs: Tensor) -> Tensor:
-    result: Tensor = mlp.activate(mlp.gate_proj(inputs), mlp.up_proj(inputs))
-    return result
+def _mlp(layer: DecoderLayer, path: str) -> Mlp:
+    module = layer.get_submodule(path)
+    assert isinstance(module, Mlp)
+    return module
+
+
+def _activation(mlp: Mlp, inputs: Tensor) -> Tensor:
+    return mlp.activate(mlp.gate_proj(inputs), mlp.up_proj(inputs))
 
 
 def _chunks(tokens: Tensor, weights: Tensor | None, size: int = 8192) -> list[tuple[Tensor, Tensor | None]]:

@@ -78,7 +78,8 @@ def shrunk_gram(own: Moments, prior: Tensor, strength: float) -> Tensor:
         (width, width) float32; the prior itself for an expert that saw no token, never the identity.
     """
     trust = shrinkage(own.effective_tokens, own.width, strength)
-    return trust * own.mean_gram() + (1 - trust) * prior
+    gram: Tensor = trust * own.mean_gram() + (1 - trust) * prior
+    return gram
 
 
 def corrected_weight(weight: Tensor, gram: Tensor, residual: Tensor, damping: float) -> Tensor:

@@ -14,9 +14,9 @@ FLOAT32_LIMIT_BYTES = 4_000_000_000
 TOKENS_PER_BATCH = 4096
 
 
-def stream_dtype(windows: int, length: int, hidden_size: int) -> torch.dtype:
+def stream_dtype(tokens: int, hidden_size: int) -> torch.dtype:
     """Dtype in which the streams are kept between layers."""
-    fits = 2 * 4 * windows * length * hidden_size <= FLOAT32_LIMIT_BYTES
+    fits = 2 * 4 * tokens * hidden_size <= FLOAT32_LIMIT_BYTES
     return torch.float32 if fits else torch.bfloat16
 
 

@@ -130,12 +130,13 @@ def _base_source(stream: ModelStream, option: str | None) -> str | Path | None:
 
 
 def _measure(stream: ModelStream, base_stream: ModelStream | None, plan: _Plan) -> list[EvaluationRecord]:
-    from ernieq.evaluate import Budget, Protocol, evaluate_text, load_text, open_tokenizer, text_names
+    from ernieq.checkpoint import load_tokenizer
+    from ernieq.evaluate import Budget, Protocol, evaluate_text, load_text, text_names
 
     window = plan.window or min(_DEFAULT_WINDOW, stream.config.max_position_embeddings)
     # All texts are read before anything is measured: a misspelt name should not be found an hour later.
     texts = [load_text(name, max_bytes=plan.max_bytes) for name in plan.texts or text_names()]
-    tokenizer = open_tokenizer(stream.tokenizer_directory)
+    tokenizer = load_tokenizer(stream.tokenizer_directory)
     records = []
     for text in texts:
         with progress_report(text.name) as report:

@@ -136,7 +136,7 @@ def _table(
     return Table(
         title=f"{path}: {kind}",
         columns=("group", "tensors", "parameters", "bits", "bytes", "code"),
-        sections=(Section("", tuple(_row(group) for group in inventory.groups)), Section("", (total,))),
+        sections=(Section("", (*(_row(group) for group in inventory.groups), total)),),
         notes=tuple(notes),
     )
 
@@ -151,15 +151,22 @@ def _figures(tensors: int, weights: WeightsRecord) -> tuple[str, str, str, str]:
 
 
 def _row(group: Group) -> tuple[str, ...]:
-    codes = [code if len(group.codes) == 1 else f"{count} x {code}" for code, count in group.codes.items()]
     return (
         group.name,
         f"{group.tensors:,}",
         format_count(group.parameters),
         format_bits(bits_per_weight(group.nbytes, group.parameters)),
         format_bytes(group.nbytes),
-        ", ".join(codes),
+        _codes(group),
     )
+
+
+def _codes(group: Group) -> str:
+    """The code of a group; where there are several, how often each occurs, as short as it gets."""
+    if len(group.codes) == 1:
+        return next(iter(group.codes))
+    short = {code: code.removeprefix("trellis ").removesuffix(" L=16") for code in group.codes}
+    return ", ".join(f"{count} x {short[code]}" for code, count in group.codes.items())
 
 
 def _print(table: Table) -> None:

@@ -103,15 +103,15 @@ class ProgressReport:
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, amount)
 
-    def describe(self, what: str) -> None:
-        """Say what is being done now."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=what)
-
     def update(self, what: str, done: float, total: float) -> None:
         """Say what is being done and how far it is; fits the libraries' ``on_progress``."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what, completed=done, total=total)
+
+    def describe(self, what: str) -> None:
+        """Say what is being done, leaving the bar where it is."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=what)
 
     def line(self, text: str) -> None:
         """Print a line that stays, for example the figures of one finished layer."""

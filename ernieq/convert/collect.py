@@ -58,7 +58,7 @@ def collect_statistics(
         on_layer: receives every layer's number and statistics; they are not kept.
     """
     table = load_embedding(checkpoint).weight.data
-    dtype = stream_dtype(*sample.windows.shape, table.shape[1])
+    dtype = stream_dtype(sample.tokens, table.shape[1])
     hidden = nn.functional.embedding(sample.windows, table).to(dtype)
     streams = Streams(hidden, hidden.clone())
     rotary = Rotary(checkpoint.config).angles(torch.arange(hidden.shape[1]))

@@ -181,7 +181,7 @@ class Conversion:
     def _embed(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> Streams:
         """Encode the embedding and look up all calibration tokens in both tables."""
         table, decoded = self._encode_embedding(writer, report)
-        dtype = stream_dtype(*sample.windows.shape, table.shape[1])
+        dtype = stream_dtype(sample.tokens, table.shape[1])
         lookups = (nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded))
         streams = Streams(*lookups)
         self._checkpoint.release()

@@ -119,7 +119,7 @@ def _memory(config: ModelConfig, recipe: Recipe) -> int:
         if name.startswith("model.layers."):
             key = name.split(".")[2]
             layer[key] = layer.get(key, 0) + prod(spec.shape)
-    itemsize = stream_dtype(windows, length, config.hidden_size).itemsize
+    itemsize = stream_dtype(windows * length, config.hidden_size).itemsize
     # Streams before and behind a sub-layer, or contexts beside them: two pairs.
     streams = 4 * windows * length * config.hidden_size * itemsize
     embedding = 2 * config.vocab_size * config.hidden_size * _FLOAT32

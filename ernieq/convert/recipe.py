@@ -89,7 +89,7 @@ class EncodeSettings:
     damping: float = 0.01
     first_pass_steps: int = FULL_FIRST_PASS
     shrinkage: float = 1.0
-    correction_damping: float = 0.01
+    correction_damping: float = 0.4
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ class TrellisEmbedding(TrellisWeight):
         """
         ids, places = token_ids.reshape(-1).unique(return_inverse=True)  # sorted
         if ids.numel() and not 0 <= int(ids[0]) <= int(ids[-1]) < self.out_features:
-            raise UsageError(f"token ids span {int(ids[0])} to {int(ids[-1])}; allowed are 0 to {self.out_features - 1}")
+            raise UsageError(
+                f"token ids span {int(ids[0])} to {int(ids[-1])}; allowed are 0 to {self.out_features - 1}"
+            )
         rows = torch.empty(ids.numel(), self.in_features)
         bands, band_of_id = torch.div(ids, TILE_SIDE, rounding_mode="floor").unique(return_inverse=True)
         for first in range(0, bands.numel(), _BANDS_AT_A_TIME):

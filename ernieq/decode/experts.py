@@ -15,8 +15,9 @@ from ernieq.model import Mlp, Routing
 class TrellisExperts(nn.ModuleList):
     """Weighted sum of the experts that each token selected, in place of the model's ``Experts``.
 
-    The gate and up matrices of all experts read the same input. Where their signs are equal, as the encoder makes
-    them, a token is rotated once and not once per expert; where they differ, each matrix rotates by itself.
+    The gate and up matrices of all experts read the same input. Where their signs are equal, as the encoder
+    makes them, a token is rotated once and not once per expert; where they differ, each matrix rotates by
+    itself.
 
     Shapes: N tokens, E experts, k experts per token, H hidden width.
 
@@ -36,8 +37,8 @@ class TrellisExperts(nn.ModuleList):
     def forward(self, states: Tensor, routing: Routing) -> Tensor:
         """Run each selected expert once over its own tokens.
 
-        The sum of a token is formed in the order of expert numbers, in float32, so that it does not depend on the
-        other tokens.
+        The sum of a token is formed in the order of expert numbers, in float32, so that it does not depend on
+        the other tokens.
 
         Args:
             states: (N, H).
@@ -70,6 +71,9 @@ class TrellisExperts(nn.ModuleList):
     def _run(self, mlp: Mlp, inputs: Tensor) -> Tensor:
         gate, up = cast(TrellisLinear, mlp.gate_proj), cast(TrellisLinear, mlp.up_proj)
         down = cast(TrellisLinear, mlp.down_proj)
-        if not self._one_rotation:
-            return down(mlp.activate(gate(inputs), up(inputs)))
-        return down(mlp.activate(gate.forward_rotated(inputs), up.forward_rotated(inputs)))
+        if self._one_rotation:
+            inner = mlp.activate(gate.forward_rotated(inputs), up.forward_rotated(inputs))
+        else:
+            inner = mlp.activate(gate(inputs), up(inputs))
+        output: Tensor = down(inner)
+        return output

@@ -32,8 +32,8 @@ def view_array(array: NDArray[Any]) -> Tensor:
 class TrellisWeight(nn.Module):
     """Base of the modules that hold one quantized matrix ``W = diag(scale) (values / 128) R``.
 
-    The buffers ``packed`` (int16) and ``scale`` (float16) are views of the arrays given, so that a mapped file is
-    read when it is needed and counts once; ``signs`` (int8) are a copy. They keep their dtypes whatever the
+    The buffers ``packed`` (int16) and ``scale`` (float16) are views of the arrays given, so that a mapped file
+    is read when it is needed and counts once; ``signs`` (int8) are a copy. They keep their dtypes whatever the
     module is converted to.
 
     Args:
@@ -67,9 +67,7 @@ class TrellisWeight(nn.Module):
     def multiply_rotated(self, x_rotated: Tensor) -> Tensor:
         """Product with rotated inputs: (..., in_features) float32 -> (..., out_features) float32."""
         rows = x_rotated.reshape(-1, self.in_features)
-        out = matmul(
-            rows, self.packed, self.scale, self.code, backend=self.backend, threads=self.threads
-        )
+        out = matmul(rows, self.packed, self.scale, self.code, backend=self.backend, threads=self.threads)
         return out.view(*x_rotated.shape[:-1], self.out_features)
 
     def decode_rows(self, rows: slice | None = None) -> Tensor:
@@ -105,6 +103,6 @@ class TrellisWeight(nn.Module):
                 "packed weights can't be moved to another device: their kernels run on the CPU"
             )
         held = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(held)
         return self

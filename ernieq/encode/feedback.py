@@ -31,7 +31,8 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     """Add ``damping`` times the mean diagonal to the diagonal; a Hessian of zeros becomes the identity."""
     mean = hessian.diagonal().mean()
     ridge = damping * mean if mean > 0 else torch.ones((), dtype=hessian.dtype)
-    return hessian + ridge * torch.eye(hessian.shape[0], dtype=hessian.dtype)
+    result: Tensor = hessian + ridge * torch.eye(hessian.shape[0], dtype=hessian.dtype)
+    return result
 
 
 def block_ldl_factor(hessian: Tensor, damping: float) -> Tensor:

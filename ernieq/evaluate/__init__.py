@@ -16,7 +16,7 @@ from ernieq.evaluate.measure import Budget, StreamScores, evaluate_stream, evalu
 from ernieq.evaluate.score import TokenScores
 from ernieq.evaluate.stream import LayerStream
 from ernieq.evaluate.text import EvaluationText, load_text, text_names
-from ernieq.evaluate.tokens import TokenizedText, open_tokenizer, tokenize_text
+from ernieq.evaluate.tokens import TokenizedText, tokenize_text
 from ernieq.evaluate.windows import Protocol, Windows, make_windows
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "evaluate_text",
     "load_text",
     "make_windows",
-    "open_tokenizer",
     "resolve_base",
     "text_names",
     "tokenize_text",

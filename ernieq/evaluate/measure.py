@@ -140,7 +140,7 @@ def evaluate_text(
     Args:
         stream: the model.
         text: the text.
-        tokenizer: of the model, from `open_tokenizer`.
+        tokenizer: of the model, from `ernieq.checkpoint.load_tokenizer`.
         protocol: which tokens count.
         window: tokens per window.
         max_windows: keep at most so many, from the start.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ernieq.errors import CheckpointError, TextError
+from ernieq.errors import TextError
 
 
 @dataclass(frozen=True)
@@ -28,23 +27,12 @@ class TokenizedText:
     bos_token_id: int | None
 
 
-def open_tokenizer(directory: Path) -> Any:
-    """Load the tokenizer of a checkpoint directory; nothing is downloaded.
-
-    Raises:
-        CheckpointError: there is none, or transformers can't read it.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the tokenizer in {directory} can't be loaded: {reason}") from error
-
-
 def tokenize_text(tokenizer: Any, text: str) -> TokenizedText:
     """Tokenise ``text`` once as a whole; the begin-of-text token comes first, if there is one.
+
+    Args:
+        tokenizer: from `ernieq.checkpoint.load_tokenizer`.
+        text: the whole text.
 
     Raises:
         TextError: the text has no tokens.

@@ -2,7 +2,8 @@
 
 Everything is written to a hidden directory beside the target (same file system, so that the rename is atomic),
 fsynced, checked and only then renamed. A target that is overwritten is set aside for the moment of the rename,
-put back if the rename fails, and deleted last.
+put back if the rename fails, and deleted last. A process that is killed leaves at most hidden directories
+``.<name>.<token>.partial`` (unfinished) or ``.<name>.<token>.replaced`` (the old one) beside the target.
 """
 
 from __future__ import annotations
@@ -98,25 +99,25 @@ class AtomicDirectory:
         return self.target
 
     def _refuse_existing(self) -> None:
-        if not self.target.exists():
-            return
-        if not self._overwrite:
-            raise OutputExistsError(f"{self.target} exists; pass --overwrite to replace it")
-        if not self.target.is_dir():
-            raise OutputExistsError(f"{self.target} is a file; a model is written as a directory")
-        if not (self.target / _CONFIG).exists() and any(self.target.iterdir()):
-            raise OutputExistsError(
-                f"{self.target} has no {_CONFIG}; only a model directory may be overwritten"
-            )
+        with storage_errors(self.target):
+            if not self.target.exists():
+                return
+            if not self._overwrite:
+                raise OutputExistsError(f"{self.target} exists; pass --overwrite to replace it")
+            if not self.target.is_dir():
+                raise OutputExistsError(f"{self.target} is a file; a model is written as a directory")
+            if not (self.target / _CONFIG).exists() and any(self.target.iterdir()):
+                raise OutputExistsError(
+                    f"{self.target} has no {_CONFIG}; only a model directory may be overwritten"
+                )
 
     def _swap(self) -> None:
-        replaces = self.target.exists()
-        if replaces:
-            self.target.rename(self._set_aside)
         try:
+            if self.target.exists():
+                self.target.rename(self._set_aside)
             self.path.rename(self.target)
         except BaseException:
-            if replaces:
+            if self._set_aside.exists() and not self.target.exists():
                 self._set_aside.rename(self.target)
             raise
 

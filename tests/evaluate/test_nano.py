@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from ernieq.bundled import bundled_model
-from ernieq.evaluate import Protocol, evaluate_stream, load_text, make_windows, open_tokenizer, tokenize_text
+from ernieq.checkpoint import load_tokenizer
+from ernieq.evaluate import Protocol, evaluate_stream, load_text, make_windows, tokenize_text
 from ernieq.load import open_stream
 
 WINDOW = 192
@@ -17,7 +18,7 @@ WINDOW = 192
 @pytest.mark.parametrize("protocol", list(Protocol))
 def test_losses_of_nano_equal_those_of_transformers(protocol: Protocol) -> None:
     directory = bundled_model()
-    tokens = tokenize_text(open_tokenizer(directory), load_text("wikitext2", max_bytes=4000).text)
+    tokens = tokenize_text(load_tokenizer(directory), load_text("wikitext2", max_bytes=4000).text)
     windows = make_windows(tokens, protocol, WINDOW, max_windows=3)
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ernieq.bundled import bundled_model
-from ernieq.errors import CheckpointError, TextError
-from ernieq.evaluate import open_tokenizer, tokenize_text
+from ernieq.checkpoint import load_tokenizer
+from ernieq.errors import TextError
+from ernieq.evaluate import tokenize_text
 
 TEXT = "The old house — 章节 one 😀 \n end"
 
@@ -31,7 +31,7 @@ def test_the_whole_text_is_tokenised_in_one_call(make_tokenizer: Any) -> None:
 
 
 def test_byte_counts_sum_to_the_size_of_the_text_even_where_a_token_is_part_of_a_character() -> None:
-    tokens = tokenize_text(open_tokenizer(bundled_model()), TEXT)
+    tokens = tokenize_text(load_tokenizer(bundled_model()), TEXT)
     assert tokens.byte_counts is not None
     assert tokens.byte_counts.sum() == len(TEXT.encode("utf-8"))
     assert tokens.byte_counts[0] == 0
@@ -47,8 +47,3 @@ def test_byte_counts_are_unknown_without_offsets(make_tokenizer: Any) -> None:
 def test_a_text_without_tokens_is_refused(make_tokenizer: Any) -> None:
     with pytest.raises(TextError, match="no tokens"):
         tokenize_text(make_tokenizer(), "")
-
-
-def test_a_directory_without_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"the tokenizer in {tmp_path} can't be loaded"):
-        open_tokenizer(tmp_path)

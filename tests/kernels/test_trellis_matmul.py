@@ -75,7 +75,9 @@ def test_a_wide_product_keeps_its_precision_when_all_inputs_are_alike(backend: B
 def test_the_result_of_a_token_does_not_depend_on_the_batch_or_on_threads(backend: Backend) -> None:
     matrix = some_matrix(TrellisCode(3), 512, 1536)  # large enough for more than one thread
     x = some_rows(FUSED_LIMIT, 1536)
-    alone = torch.cat([matmul(row[None], *tensors(matrix), matrix.code, backend=backend, threads=1) for row in x])
+    alone = torch.cat(
+        [matmul(row[None], *tensors(matrix), matrix.code, backend=backend, threads=1) for row in x]
+    )
     for tokens in (2, 3, 5, 8, 9, FUSED_LIMIT):
         together = matmul(x[:tokens], *tensors(matrix), matrix.code, backend=backend, threads=3)
         assert torch.equal(together, alone[:tokens]), f"{tokens} tokens"

@@ -1,7 +1,7 @@
 """Block Hadamard rotation: the change of basis that makes weights look Gaussian to the code.
 
-``R = H diag(signs)`` with ``H`` block-diagonal, its blocks orthonormal Hadamard matrices in Sylvester order. ``H`` is
-symmetric, so ``R^T = diag(signs) H`` undoes it. A row of n numbers costs ``n log2(block)`` additions.
+``R = H diag(signs)`` with ``H`` block-diagonal, its blocks orthonormal Hadamard matrices in Sylvester order.
+``H`` is symmetric, so ``R^T = diag(signs) H`` undoes it. A row of n numbers costs ``n log2(block)`` additions.
 """
 
 from __future__ import annotations

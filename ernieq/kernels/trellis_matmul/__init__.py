@@ -15,7 +15,7 @@ from ernieq.kernels.trellis_matmul import reference
 from ernieq.trellis import TILE_SIDE, TrellisCode
 
 # Up to this many tokens are multiplied while decoding: two passes of eight cost about as much as one decoding
-# into a buffer and its product (benchmarks/trellis_matmul.py).
+# into a buffer and its product (README.md has the figures).
 FUSED_LIMIT = 16
 
 # Decoded weights held at a time in a product with many tokens: 8 MB of float32.
@@ -107,7 +107,9 @@ def decode(
     _check(packed, scale, code)
     start, stop, step = (rows or slice(None)).indices(scale.shape[0])
     if step != 1 or start % TILE_SIDE or stop % TILE_SIDE or stop < start:
-        raise ShapeError(f"rows {start}:{stop}:{step} can't be decoded: a range must start and end at multiples of 16")
+        raise ShapeError(
+            f"rows {start}:{stop}:{step} can't be decoded: a range must start and end at multiples of 16"
+        )
     backend = resolve_backend(backend)
     if backend is Backend.REFERENCE:
         return reference.decode(packed[start // TILE_SIDE : stop // TILE_SIDE], scale[start:stop], code)

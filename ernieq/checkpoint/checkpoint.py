@@ -1,0 +1,264 @@
+"""The checkpoint that is read: its configuration, and its tensors one at a time."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernieq.checkpoint.files import CONFIG_FILE, aux_files, open_shards
+from ernieq.checkpoint.hub import OnProgress, download, looks_like_hub_id
+from ernieq.checkpoint.json_object import read_json_object
+from ernieq.checkpoint.shard import Shard, ShardEntry
+from ernieq.errors import (
+    CheckpointError,
+    MissingTensorError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedModelError,
+    UsageError,
+)
+from ernieq.model import ModelConfig, ParameterSpec, expected_parameters
+
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
+_WEIGHT_DTYPES = ("BF16", "F16", "F32")
+# A tensor under these names that the configuration does not call for would change what the model computes;
+# anything else (``mtp_*``, a tied head that is stored all the same) has no part in it.
+_COMPUTING_PREFIXES = ("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")
+_HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor; ``dtype`` is the safetensors name (``BF16``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SourceAudit:
+    """Tensor names, sorted: those the configuration calls for, and those that are only carried along."""
+
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+class Checkpoint:
+    """A Hugging Face directory with an ERNIE 4.5 model, opened for reading.
+
+    Attributes:
+        directory: where the files are.
+        source: what was asked for, a path or a hub id.
+        revision: commit of a checkpoint of the hub; None for a directory.
+        config: the model.
+        raw_config: ``config.json`` as it is.
+    """
+
+    def __init__(self, directory: Path, source: str, revision: str | None = None) -> None:
+        """Read configuration and headers; see `open_checkpoint`."""
+        self.directory = directory
+        self.source = source
+        self.revision = revision
+        self.raw_config = _read_config(directory)
+        self.config = ModelConfig.from_dict(self.raw_config)
+        self._shards = open_shards(directory)
+        self._places: dict[str, tuple[Shard, ShardEntry]] = {
+            name: (shard, entry) for shard in self._shards for name, entry in shard.entries.items()
+        }
+
+    def names(self) -> list[str]:
+        """All tensors, sorted."""
+        return sorted(self._places)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        shard, entry = self._place(name)
+        return TensorInfo(name, entry.dtype, entry.shape, shard.path, entry.end - entry.begin)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor; pages are read from the file when they are touched.
+
+        Args:
+            name: its name.
+            dtype: dtype to convert to. Without a conversion the result is a view of the read-only mapping:
+                writing into it would crash the process, so clone it first.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+        """
+        shard, entry = self._place(name)
+        stored = _TORCH_DTYPES[entry.dtype]
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=dtype or stored)
+        count = (entry.end - entry.begin) // stored.itemsize
+        if entry.begin % stored.itemsize:  # legal in the format, but no processor likes it: copy
+            flat = torch.frombuffer(bytearray(self.read_bytes(name)), dtype=stored)
+        else:
+            with warnings.catch_warnings():  # torch has no read-only tensors and says so
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                flat = torch.frombuffer(shard.mapping(), dtype=stored, count=count, offset=entry.begin)
+        tensor = flat.view(entry.shape)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_bytes(self, name: str) -> memoryview:
+        """A tensor's bytes, little-endian and row-major, as a read-only view of the mapping."""
+        shard, entry = self._place(name)
+        return memoryview(shard.mapping())[entry.begin : entry.end]
+
+    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype) -> Tensor:
+        """A tensor of the model, checked, in memory of its own.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+            ShapeError: its shape is not the one that the configuration calls for.
+            CheckpointError: it is not stored as bf16, fp16 or fp32.
+            NonFiniteError: it holds NaN or infinity.
+        """
+        self._check(name, spec)
+        stored = self.read(name)
+        low, high = stored.aminmax()  # NaN wins both, so no temporary of the tensor's size is needed
+        if not (low.isfinite() and high.isfinite()):
+            bad = stored.numel() - int(stored.isfinite().sum())
+            raise NonFiniteError(
+                f"{name} in {self.info(name).file} has {bad} of {stored.numel()} values that are NaN or "
+                "infinite; only finite weights are allowed"
+            )
+        return stored.to(dtype, copy=True)
+
+    def audit(self) -> SourceAudit:
+        """Compare names, shapes and dtypes with what the configuration calls for, without reading data.
+
+        Returns:
+            The names; ``missing`` is empty.
+
+        Raises:
+            MissingTensorError: tensors are missing.
+            ShapeError: a tensor has another shape.
+            UnsupportedModelError: a layer, the final norm, the embedding or the head has a tensor that ernieq's
+                model has no use for, so that it would not compute what the checkpoint's author meant.
+            CheckpointError: a tensor is not stored as bf16, fp16 or fp32.
+        """
+        expected = expected_parameters(self.config)
+        missing = [name for name in expected if name not in self._places]
+        if missing:
+            raise MissingTensorError(
+                f"{self.directory} lacks {len(missing)} of the {len(expected)} tensors that its config.json "
+                f"calls for, the first is {missing[0]}"
+            )
+        for name, spec in expected.items():
+            self._check(name, spec)
+        unknown = sorted(name for name in self._places if name not in expected)
+        for name in unknown:
+            if _would_compute(name, self.config):
+                raise UnsupportedModelError(
+                    f"{name} in {self.info(name).file} has no place in the model that config.json describes, "
+                    "and leaving it out would change what the model computes"
+                )
+        return SourceAudit(tuple(sorted(expected)), (), tuple(unknown))
+
+    def aux_files(self) -> list[Path]:
+        """Tokenizer, generation settings and chat template, which go with the weights."""
+        return aux_files(self.directory)
+
+    def shard_files(self) -> list[Path]:
+        """The files that hold weights."""
+        return [shard.path for shard in self._shards]
+
+    def release(self) -> None:
+        """Let go of all mappings, so that pages already read no longer count as this process's memory.
+
+        Tensors and views that are still in use keep theirs; the next read maps anew.
+        """
+        for shard in self._shards:
+            shard.release()
+
+    def close(self) -> None:
+        """Let go of everything; the same as ``release``, for no file stays open between reads."""
+        self.release()
+
+    def _place(self, name: str) -> tuple[Shard, ShardEntry]:
+        try:
+            return self._places[name]
+        except KeyError:
+            raise MissingTensorError(f"{self.directory} has no tensor {name}") from None
+
+    def _check(self, name: str, spec: ParameterSpec) -> None:
+        info = self.info(name)
+        if info.shape != spec.shape:
+            raise ShapeError(
+                f"{name} in {info.file} has shape {info.shape}; config.json calls for {spec.shape}"
+            )
+        if info.dtype not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{name} in {info.file} is stored as {info.dtype}; "
+                f"weights must be one of {', '.join(_WEIGHT_DTYPES)}"
+            )
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, on_progress: OnProgress | None = None
+) -> Checkpoint:
+    """Open a local directory or, where there is none, a checkpoint of the Hugging Face hub.
+
+    Configuration and all headers are read and checked; no weights are.
+
+    Args:
+        source: path of a directory, or ``organisation/name``.
+        revision: branch, tag or commit on the hub.
+        on_progress: called with what is being done, steps done and steps in all.
+
+    Raises:
+        UnsupportedModelError: the model is not ERNIE 4.5 for text, or it is quantized already.
+        CheckpointError: it can't be found, fetched or read.
+        UsageError: a revision was given for a local directory.
+    """
+    directory = Path(source)
+    if directory.exists():
+        if not directory.is_dir():
+            raise CheckpointError(f"{source} is a file; the directory of a checkpoint is needed")
+        if revision is not None:
+            raise UsageError(f"the revision {revision} is of no use: {source} is a local directory")
+        return Checkpoint(directory, str(source))
+    if not looks_like_hub_id(str(source)):
+        raise CheckpointError(f"{source} does not exist; a directory or a hub id (organisation/name) is needed")
+    directory, commit = download(str(source), revision, on_progress)
+    return Checkpoint(directory, str(source), commit or revision)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is no checkpoint: it holds no {CONFIG_FILE}")
+    raw = read_json_object(path)
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedModelError(
+            f"{directory} is quantized already (by {str(method)[:60]!a}); "
+            "a bf16, fp16 or fp32 checkpoint is needed"
+        )
+    return raw
+
+
+def _would_compute(name: str, config: ModelConfig) -> bool:
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        return False
+    return name.startswith(_COMPUTING_PREFIXES) and not name.endswith(_HARMLESS_SUFFIXES)

@@ -1,0 +1,102 @@
+"""Which files of a directory hold the weights, and which belong beside them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ernieq.checkpoint.json_object import read_json_object
+from ernieq.checkpoint.shard import Shard
+from ernieq.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Files that go with the weights into a converted checkpoint, as patterns of fnmatch; none lies in a folder.
+AUX_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+    "*.model",
+)
+# A plain name: no folder, nothing hidden, nothing that leaves the directory.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+
+
+def aux_files(directory: Path) -> list[Path]:
+    """Tokenizer, generation settings and chat template of a directory, by name."""
+    found = {path for pattern in AUX_PATTERNS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor name to file name, from an index.
+
+    Raises:
+        CheckpointError: the index is malformed, or names a file that is not directly in its directory.
+    """
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; an object from tensor to file name is needed")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{path} places {tensor[:100]!a} in {str(file)[:100]!a}; the plain name of a .safetensors file "
+                "in the same directory is needed"
+            )
+    return weight_map
+
+
+def open_shards(directory: Path) -> list[Shard]:
+    """Open the one file or all shards of a directory and check that they agree with the index.
+
+    Raises:
+        CheckpointError: there are no weights, a shard is missing or malformed, or shards and index disagree.
+    """
+    if (directory / SINGLE_FILE).exists():  # transformers, too, takes it before an index
+        return [Shard(directory / SINGLE_FILE)]
+    index = directory / INDEX_FILE
+    if not index.exists():
+        raise CheckpointError(_no_weights(directory))
+    weight_map = read_weight_map(index)
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (directory / name).is_file():
+            tensor = next(tensor for tensor, file in weight_map.items() if file == name)
+            raise CheckpointError(
+                f"{index} places {tensor} in {name}, but there is no such file in {directory}"
+            )
+    shards = [Shard(directory / name) for name in names]
+    _check_agreement(weight_map, shards, index)
+    return shards
+
+
+def _check_agreement(weight_map: dict[str, str], shards: list[Shard], index: Path) -> None:
+    holders: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.entries:
+            if name in holders:
+                raise CheckpointError(
+                    f"{name} is stored twice, in {holders[name]} and in {shard.path.name} of {index.parent}"
+                )
+            holders[name] = shard.path.name
+    for name, file in weight_map.items():
+        if holders.get(name) != file:
+            where = f"it is in {holders[name]}" if name in holders else "no shard holds it"
+            raise CheckpointError(f"{index} places {name} in {file}, but {where}")
+    for name, file in holders.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{index} does not list {name}, which {file} holds")
+
+
+def _no_weights(directory: Path) -> str:
+    other = sorted(
+        path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pdparams", ".gguf"}
+    )
+    found = f"; it holds {other[0]}, which ernieq does not read" if other else ""
+    return f"{directory} holds no weights: {SINGLE_FILE} or {INDEX_FILE} is needed{found}"

@@ -1,0 +1,31 @@
+"""The tokenizer of a checkpoint, as transformers reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ernieq.errors import CheckpointError
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Load a tokenizer; code that a checkpoint brings along is never run.
+
+    Args:
+        directory: of a source or a packed checkpoint.
+
+    Returns:
+        What ``transformers.AutoTokenizer`` makes of it.
+
+    Raises:
+        CheckpointError: there is none, or transformers can't read it.
+    """
+    if not any(directory.glob("tokenizer*")) and not any(directory.glob("*.model")):
+        raise CheckpointError(f"{directory} holds no tokenizer; tokenizer.json or tokenizer.model is needed")
+    from transformers import AutoTokenizer  # slow to import, and most uses of a checkpoint need no text
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"the tokenizer of {directory} can't be read: {reason}") from error

@@ -1,0 +1,15 @@
+"""Completing a text: token by token, with a KV cache.
+
+    options.py   what can be asked for          loop.py   prompt in, tokens or pieces of text out
+    sampling.py  logits to a token              text.py   tokens to text as it comes; stop strings
+
+Left out: batches, beams, speculative decoding.
+"""
+
+from __future__ import annotations
+
+from ernieq.generate.loop import encode_prompt, generate_text, generate_tokens
+from ernieq.generate.options import GenerateOptions
+from ernieq.generate.sampling import Sampler
+
+__all__ = ["GenerateOptions", "Sampler", "encode_prompt", "generate_text", "generate_tokens"]
