@@ -1,6 +1,6 @@
 """Squared error of the code on a Gaussian source, at several codebook scales, and the speed of the search.
 
-    python benchmarks/gaussian_tiles.py --samples 1048576 --out benchmarks/results/gaussian_tiles.json
+python benchmarks/gaussian_tiles.py --samples 1048576 --out benchmarks/results/gaussian_tiles.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ernieq.kernels.viterbi import FULL_FIRST_PASS, SHORT_FIRST_PASS, encode_til
 from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode, ring_states, state_values
 
 
-def measure(code: TrellisCode, samples: int, scale: float, first_pass: int, backend: Backend, seed: int) -> dict[str, Any]:
+def measure(
+    code: TrellisCode, samples: int, scale: float, first_pass: int, backend: Backend, seed: int
+) -> dict[str, Any]:
     """Mean squared error per unit variance, and weights a second."""
     tiles = max(1, samples // TILE_WEIGHTS)
     source = np.random.default_rng(seed).standard_normal((tiles, TILE_WEIGHTS)).astype(np.float32)
@@ -51,19 +53,21 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
 
-    def add(code: TrellisCode, samples: int, **changes: Any) -> None:
-        settings = {
-            "scale": CODEBOOK_SCALE[code.bits_per_weight],
-            "first_pass": FULL_FIRST_PASS,
-            "backend": Backend.AUTO,
-            "seed": 1,
-        }
-        row = measure(code, samples, **(settings | changes))
+    def add(
+        code: TrellisCode,
+        samples: int,
+        scale: float | None = None,
+        first_pass: int = FULL_FIRST_PASS,
+        backend: Backend = Backend.AUTO,
+    ) -> None:
+        scale = CODEBOOK_SCALE[code.bits_per_weight] if scale is None else scale
+        row = measure(code, samples, scale, first_pass, backend, seed=1)
         rows.append(row)
         print(
             f"K={row['bits_per_weight']} L={row['state_bits']} scale={row['codebook_scale']:.2f} "
             f"first pass={row['first_pass_steps']} {row['backend']}: mse {row['mse']:.5f} "
-            f"({row['mse'] / row['rate_distortion_bound']:.3f} x bound), {row['weights_per_second']:,.0f} weights/s",
+            f"({row['mse'] / row['rate_distortion_bound']:.3f} x bound), "
+            f"{row['weights_per_second']:,.0f} weights/s",
             flush=True,
         )
 

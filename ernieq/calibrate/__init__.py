@@ -1,4 +1,4 @@
-"""From text to Hessians: tokens, hidden states of one layer at a time, second moments of what projections read."""
+"""From text to Hessians: tokens, hidden states of one layer at a time, moments of what projections read."""
 
 from ernieq.calibrate.attention import AttentionPass
 from ernieq.calibrate.hessians import (

@@ -80,7 +80,7 @@ def collect_layer(
             down, prior = mlp.expert_down_moments(expert)
             gram = shrunk_gram(down, prior.mean_gram(), shrinkage_strength)
             statistics.grams[f"mlp.experts.{expert}.hidden"] = gram
-        mlp.add_experts()
+            mlp.add_expert(expert)
     if path is not None:
         statistics.grams[hidden_of(path)] = mlp.down_moments(path).mean_gram()
     mlp.advance(path)

@@ -9,17 +9,18 @@ from ernieq.calibrate.moments import Moments
 from ernieq.calibrate.streams import Streams
 from ernieq.model import DecoderLayer, Mlp
 
-# Tokens of the whole layer that every expert is shown, so that one that was hardly chosen still has a Hessian of
-# its own hidden units to lean on. At least twice the width is taken.
+# Tokens of the whole layer that every expert is shown, so that one that was hardly chosen still has a Hessian
+# of its own hidden units to lean on. At least twice the width is taken.
 PRIOR_TOKENS = 4096
+CHUNK_TOKENS = 8192
 
 
 class MlpPass:
     """Runs the feed-forward part of one layer over both streams.
 
-    The order is: ``input_moments``; for every expert ``expert_input_moments`` and, once its gate and up are
-    replaced, ``expert_down_moments``; ``add_experts``; then, once gate and up of the dense or shared part are
-    replaced, ``down_moments``; ``advance``.
+    The order is: ``input_moments``; for every expert ``expert_input_moments``, once its gate and up are
+    replaced ``expert_down_moments``, once its down is ``add_expert``; then, once gate and up of the dense or shared part
+    are replaced, ``down_moments``; ``advance``.
 
     Args:
         reference: the layer with its bf16 weights, widened.
@@ -34,6 +35,7 @@ class MlpPass:
         self._norm = reference.post_attention_layernorm
         self._selected: Tensor | None = None
         self._weights: Tensor | None = None
+        self._active: list[tuple[Tensor, Tensor, Tensor]] = []
         self._next = Streams(streams.reference.clone(), streams.quantized.clone())
 
     @torch.no_grad()
@@ -60,34 +62,38 @@ class MlpPass:
     @torch.no_grad()
     def expert_input_moments(self, expert: int) -> Moments:
         """Moments of the input of an expert's gate and up, over its routed tokens, weighted by p squared."""
-        tokens, importance = self._routed(expert)
         moments = Moments(self._streams.shape[2])
-        for part, weight in _chunks(tokens, importance):
-            moments.add(self._norm(self._streams.rows(self._streams.quantized, part)), weight)
+        for tokens, weights in self._routed(expert):
+            inputs = self._norm(self._streams.rows(self._streams.quantized, tokens))
+            moments.add(inputs, weights.square())
         return moments
 
     @torch.no_grad()
     def expert_down_moments(self, expert: int) -> tuple[Moments, Moments]:
-        """Moments of the input of an expert's down: over its routed tokens, and over tokens of the whole layer."""
-        plain, coded = self._reference.mlp.experts[expert], self._quantized.mlp.experts[expert]
-        width = plain.down_proj.in_features
-        own = Moments(width, residual_rows=self._streams.shape[2])
-        prior = Moments(width, residual_rows=self._streams.shape[2])
-        for part, weight in _chunks(*self._routed(expert)):
-            self._add_activations(own, plain, coded, part, weight)
-        for part, _ in _chunks(self._spread_tokens(max(PRIOR_TOKENS, 2 * width)), None):
-            self._add_activations(prior, plain, coded, part, None)
+        """Moments of the input of an expert's down: over its routed tokens, and over tokens of the whole layer.
+
+        The activations of the routed tokens are kept for ``add_expert``.
+        """
+        width, hidden = self._reference.mlp.experts[expert].down_proj.in_features, self._streams.shape[2]
+        own, prior = Moments(width, residual_rows=hidden), Moments(width, residual_rows=hidden)
+        self._active = []
+        for tokens, weights in self._routed(expert):
+            active, residual = self._activations(expert, tokens)
+            own.add(active, weights.square(), residual)
+            self._active.append((tokens, weights, active))
+        for tokens in self._spread_tokens(max(PRIOR_TOKENS, 2 * width)).split(CHUNK_TOKENS):
+            active, residual = self._activations(expert, tokens)
+            prior.add(active, residuals=residual)
         return own, prior
 
     @torch.no_grad()
-    def add_experts(self) -> None:
-        """Add the output of the quantized experts to the next hidden states."""
-        width = self._streams.shape[2]
-        for batch in self._streams.batches():
-            inputs = self._norm(self._streams.quantized[batch].float()).reshape(-1, width)
-            output = self._quantized.mlp.experts(inputs, self._quantized.mlp.route(inputs))
-            target = self._next.quantized[batch]
-            target += output.view_as(target).to(target.dtype)
+    def add_expert(self, expert: int) -> None:
+        """Add the output of an expert, whose down is now replaced too, to the next hidden states."""
+        down = self._quantized.mlp.experts[expert].down_proj
+        target = self._next.quantized.view(-1, self._streams.shape[2])
+        for tokens, weights, active in self._active:
+            target.index_add_(0, tokens, (down(active) * weights[:, None]).to(target.dtype))
+        self._active = []
 
     @torch.no_grad()
     def down_moments(self, path: str) -> Moments:
@@ -115,22 +121,24 @@ class MlpPass:
         self._streams.reference.copy_(self._next.reference)
         self._streams.quantized.copy_(self._next.quantized)
 
-    def _routed(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Flat indices of the tokens routed to an expert, and their squared routing weights."""
-        assert self._selected is not None and self._weights is not None
+    def _routed(self, expert: int) -> list[tuple[Tensor, Tensor]]:
+        """Flat indices of the tokens routed to an expert, and their routing weights, in chunks."""
+        assert self._selected is not None
+        assert self._weights is not None
         tokens, choice = (self._selected == expert).nonzero(as_tuple=True)
-        return tokens, self._weights[tokens, choice].square()
+        weights = self._weights[tokens, choice]
+        return list(zip(tokens.split(CHUNK_TOKENS), weights.split(CHUNK_TOKENS), strict=True))
 
     def _spread_tokens(self, count: int) -> Tensor:
         total = self._streams.shape[0] * self._streams.shape[1]
         return torch.arange(0, total, max(1, total // count))
 
-    def _add_activations(
-        self, moments: Moments, plain: Mlp, coded: Mlp, tokens: Tensor, weight: Tensor | None
-    ) -> None:
+    def _activations(self, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Input of the expert's down, and what the bf16 model's output has beyond the bf16 weight's on it."""
+        plain, coded = self._reference.mlp.experts[expert], self._quantized.mlp.experts[expert]
         active = _activation(coded, self._norm(self._streams.rows(self._streams.quantized, tokens)))
         wanted = _activation(plain, self._norm(self._streams.rows(self._streams.reference, tokens)))
-        moments.add(active, weight, (wanted - active) @ plain.down_proj.weight.T)
+        return active, (wanted - active) @ plain.down_proj.weight.T
 
 
 def _mlp(layer: DecoderLayer, path: str) -> Mlp:
@@ -141,10 +149,3 @@ def _mlp(layer: DecoderLayer, path: str) -> Mlp:
 
 def _activation(mlp: Mlp, inputs: Tensor) -> Tensor:
     return mlp.activate(mlp.gate_proj(inputs), mlp.up_proj(inputs))
-
-
-def _chunks(tokens: Tensor, weights: Tensor | None, size: int = 8192) -> list[tuple[Tensor, Tensor | None]]:
-    return [
-        (tokens[at : at + size], None if weights is None else weights[at : at + size])
-        for at in range(0, len(tokens), size)
-    ]

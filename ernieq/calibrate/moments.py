@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_TINY = 1e-300  # divides the zeros of moments without tokens
+
 
 @dataclass
 class Moments:
@@ -35,7 +37,7 @@ class Moments:
         self.residual = torch.zeros(self.residual_rows, self.width)
 
     def add(self, inputs: Tensor, weights: Tensor | None = None, residuals: Tensor | None = None) -> None:
-        """Add tokens: inputs (tokens, width), weights (tokens,) or all one, residuals (tokens, residual_rows)."""
+        """Add tokens: inputs (tokens, width), weights (tokens,) or ones, residuals (tokens, residual_rows)."""
         if inputs.shape[0] == 0:
             return
         weighted = inputs if weights is None else inputs * weights[:, None]
@@ -54,11 +56,11 @@ class Moments:
 
     def mean_gram(self) -> Tensor:
         """H: (width, width), the weighted mean of x x^T; zeros without tokens."""
-        return self.gram / self.weight if self.weight > 0 else self.gram
+        return self.gram / max(self.weight, _TINY)
 
     def mean_residual(self) -> Tensor:
         """(residual_rows, width), the weighted mean of r x^T; zeros without tokens."""
-        return self.residual / self.weight if self.weight > 0 else self.residual
+        return self.residual / max(self.weight, _TINY)
 
 
 def shrinkage(effective_tokens: float, width: int, strength: float) -> float:
@@ -102,5 +104,5 @@ def corrected_weight(weight: Tensor, gram: Tensor, residual: Tensor, damping: fl
     if mean <= 0:
         return weight
     ridge = wide + damping * mean * torch.eye(wide.shape[0], dtype=wide.dtype)
-    change = torch.linalg.solve(ridge, residual.double().T).T
+    change: Tensor = torch.linalg.solve(ridge, residual.double().T).T
     return weight + change.float()

@@ -19,8 +19,15 @@ from ernieq.errors import TextError
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
-    bos_token_id: int | None
-    eos_token_id: int | None
+    @property
+    def bos_token_id(self) -> int | None:
+        """Token that begins a document."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Token that ends a document."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
@@ -70,7 +77,9 @@ def read_text_file(path: Path) -> TextFile:
     except OSError as error:
         raise TextError(f"{path} can't be read: {error.strerror}") from error
     if path.suffix == ".jsonl":
-        documents = [_document(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        documents = [
+            _document(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
     else:
         documents = [text]
     documents = [document for document in documents if document.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import, and most uses of a checkpoint need no text
 
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise CheckpointError(f"the tokenizer of {directory} can't be read: {reason}") from error
+    # Whole texts are tokenised and cut into windows afterwards: no reason to warn that they are long.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer

@@ -1,4 +1,4 @@
-"""``ernieq calibrate``: what a model's inputs and experts look like on a text, and the Hessians for quantizing."""
+"""``ernieq calibrate``: what a model's experts see of a text, and the Hessians for quantizing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def read_texts(paths: Sequence[Path]) -> list[TextFile]:
 
 @click.command(name="calibrate")
 @click.argument("model", required=False)
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for the Hessians, for quantize --hessians.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Directory for the Hessians, for quantize --hessians."
+)
 @click.option(
     "--text",
     "texts",
@@ -68,7 +70,7 @@ def command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    r"""Run texts through MODEL and report how many tokens every expert sees.
+    """Run texts through MODEL and report how many tokens every expert sees.
 
     With --out the Hessians of all projections are kept, so that several recipes can be tried quickly. They take
     four bytes per squared channel: megabytes for a small model, tens of gigabytes for the 21B one.
@@ -120,7 +122,9 @@ def command(
 
 def _print(summary: dict[str, Any], out: Path | None) -> None:
     calibration = summary["calibration"]
-    table = Table(title=f"{summary['source']}: {calibration['tokens']:,} tokens in {calibration['windows']} windows")
+    table = Table(
+        title=f"{summary['source']}: {calibration['tokens']:,} tokens in {calibration['windows']} windows"
+    )
     for heading in ("layer", "experts", "fewest tokens", "median", "most", "least trust in own Hessian"):
         table.add_column(heading, justify="right")
     for layer in summary["layers"]:

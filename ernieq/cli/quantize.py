@@ -86,7 +86,9 @@ def _part_options(function: Any) -> Any:
 @click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.")
 @click.option("--state-bits", type=int, help="Length of the code's state: 16, or 10 to 14 for a quick try.")
-@click.option("--fast", is_flag=True, help="Shorten the first search pass: a third less time, 1.5 % more error.")
+@click.option(
+    "--fast", is_flag=True, help="Shorten the first search pass: a third less time, 1.5 % more error."
+)
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--dry-run", is_flag=True, help="Print the plan (sizes, memory, disk, time) and stop.")
 @seed_option
@@ -94,7 +96,7 @@ def _part_options(function: Any) -> Any:
 @backend_option
 @overwrite_option
 @json_option
-def command(  # noqa: PLR0913 - one parameter per option
+def command(
     model: str | None,
     bits: int | None,
     out: Path | None,
@@ -109,7 +111,7 @@ def command(  # noqa: PLR0913 - one parameter per option
     as_json: bool,
     **settings: Any,
 ) -> None:
-    r"""Quantize MODEL: a directory, a hub id, or the small bundled model if none is named.
+    """Quantize MODEL: a directory, a hub id, or the small bundled model if none is named.
 
     \b
     Examples:
@@ -128,13 +130,16 @@ def command(  # noqa: PLR0913 - one parameter per option
         conversion = Conversion(checkpoint, name, recipe, calibration, options, listener)
         if dry_run:
             check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
-            _print_plan(conversion.plan, estimate_seconds(checkpoint.config, conversion.plan, recipe, options), out, as_json=as_json)
+            _print_plan(
+                conversion.plan,
+                estimate_seconds(checkpoint.config, conversion.plan, recipe, options),
+                out,
+                as_json=as_json,
+            )
             return
         progress.update("encoding", 0, conversion.plan.encoded_weights)
         started = time.monotonic()
-        report = conversion.run(
-            out, overwrite=overwrite, card=lambda report: _card(name, out, recipe, report)
-        )
+        report = conversion.run(out, overwrite=overwrite, card=lambda report: _card(name, out, recipe, report))
         seconds = time.monotonic() - started
     _print_result(report, out, seconds, as_json=as_json)
     checkpoint.close()
@@ -173,7 +178,8 @@ def _listener(progress: ProgressReport, layers: int) -> Listener:
     def on_layer(report: LayerReport) -> None:
         errors = list(report.errors.values())
         mean = sum(errors) / len(errors) if errors else 0.0
-        line = f"layer {report.index + 1}/{layers}: weight error {mean:.4f}, output error {report.output_error:.4f}"
+        line = f"layer {report.index + 1}/{layers}: weight error {mean:.4f}, "
+        line += f"output error {report.output_error:.4f}"
         if report.expert_tokens:
             line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
         progress.line(line)
@@ -202,7 +208,9 @@ def _print_plan(plan: Plan, seconds: float, out: Path, *, as_json: bool) -> None
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for part in plan.parts:
         table.add_row(part.part, f"{part.parameters:,}", f"{part.bits:.2f}", format_bytes(part.bytes))
-    table.add_row("total", f"{plan.parameters:,}", f"{plan.bits_per_weight:.2f}", format_bytes(plan.output_bytes))
+    table.add_row(
+        "total", f"{plan.parameters:,}", f"{plan.bits_per_weight:.2f}", format_bytes(plan.output_bytes)
+    )
     console = Console()
     console.print(table)
     console.print(

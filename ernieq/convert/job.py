@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from ernieq.convert.stored import HessianDirectory, quantize_layer_from
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
 from ernieq.errors import OutputExistsError, StorageError
 from ernieq.model import Rotary
-from ernieq.pack import CalibrationRecord, Manifest, PackedWriter, RawTensor, Source, file_sha256
+from ernieq.pack import CalibrationRecord, Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
 from ernieq.trellis import TrellisCode
 
 EMBEDDING = "model.embed_tokens"
@@ -78,7 +79,8 @@ def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bo
     free = shutil.disk_usage(place).free
     if free < plan.output_bytes + _SPARE_DISK_BYTES:
         raise StorageError(
-            f"{place} has {free / 1e9:.2f} GB free; the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
+            f"{place} has {free / 1e9:.2f} GB free; "
+            f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
         )
 
 
@@ -124,6 +126,7 @@ class Conversion:
         Raises:
             ErnieqError: anything from the tree; the input is untouched and no output is left.
         """
+        started = time.monotonic()
         check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
             if isinstance(self._calibration, HessianDirectory):
@@ -137,7 +140,8 @@ class Conversion:
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
             self._listener.on_phase("writing and verifying")
-            writer.finish(self._checkpoint.raw_config, self._manifest(report), card=card(report))
+            manifest = self._manifest(report, time.monotonic() - started)
+            writer.finish(self._checkpoint.raw_config, manifest, card=card(report))
         return report
 
     def _encode_along(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> None:
@@ -148,7 +152,9 @@ class Conversion:
         quantizer = LayerQuantizer(config, self._recipe, self._options, writer, self._listener.on_weights)
         for index in range(config.num_hidden_layers):
             self._listener.on_phase(f"layer {index}")
-            self._finish_layer(report, quantizer.run(index, load_layer(self._checkpoint, index), streams, rotary))
+            self._finish_layer(
+                report, quantizer.run(index, load_layer(self._checkpoint, index), streams, rotary)
+            )
         if not config.tie_word_embeddings:
             self._encode_head(writer, self._head_gram(streams), report)
 
@@ -232,7 +238,18 @@ class Conversion:
             raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
             writer.add_tensor(name, raw, carried=name in unknown)
 
-    def _manifest(self, report: ConversionReport) -> Manifest:
+    def _coverage(self) -> Coverage:
+        """What must have become of every source tensor, from the source's own list of names."""
+        unknown = set(self._checkpoint.audit().unknown)
+        quantized = {f"{module}.weight" for module in self.plan.modules}
+        names = self._checkpoint.names()
+        return Coverage(
+            tuple(name for name in names if name in quantized),
+            tuple(name for name in names if name not in quantized and name not in unknown),
+            tuple(name for name in names if name in unknown),
+        )
+
+    def _manifest(self, report: ConversionReport, seconds: float) -> Manifest:
         return Manifest(
             ernieq_version=ernieq.__version__,
             source=Source(
@@ -243,7 +260,9 @@ class Conversion:
             recipe=self._recipe.to_dict(),
             seed=self._recipe.seed,
             calibration=report.calibration,
+            coverage=self._coverage(),
             report={
+                "seconds": round(seconds, 1),
                 "proxy_errors": {name: float(np.float32(error)) for name, error in report.errors.items()},
                 "layers": [
                     {

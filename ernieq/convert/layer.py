@@ -134,7 +134,7 @@ class LayerQuantizer:
             self._encode(names, Part.ROUTED_EXPERTS, MLP_INPUT, gram, corrector)
             down, layer = mlp.expert_down_moments(expert)
             self._encode_expert_down(f"{path}.down_proj", down, layer)
-        mlp.add_experts()
+            mlp.add_expert(expert)
         shared = "mlp.shared_experts" if self._config.moe_num_shared_experts else None
         if shared:
             self._dense(mlp, shared, Part.SHARED_EXPERTS, inputs)
@@ -172,7 +172,8 @@ class LayerQuantizer:
         """Encode the matrices of a group that the recipe quantizes, and put them into the quantized layer."""
         if weights is None:
             weights = {
-                name: self._weight(name) if corrector is None else self._weight(name) @ corrector for name in names
+                name: self._weight(name) if corrector is None else self._weight(name) @ corrector
+                for name in names
             }
         by_bits: dict[int, dict[str, Tensor]] = {}
         for name in names:

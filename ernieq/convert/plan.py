@@ -144,4 +144,3 @@ def _check_patterns(recipe: Recipe, quantizable: set[str]) -> None:
                 f"the recipe's pattern {pattern!r} matches no module that can be quantized "
                 "(router, bias and norms never are)"
             )
-

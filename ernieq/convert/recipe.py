@@ -1,7 +1,7 @@
 """What to quantize to how many bits, and how: the recipe of a conversion.
 
-A recipe is complete and frozen. It comes from the defaults for ``--bits``, then a ``recipe.toml``, then options,
-each overriding the one before:
+A recipe is complete and frozen. It comes from the defaults for ``--bits``, then a ``recipe.toml``, then
+options, each overriding the one before:
 
     bits = 2                       # the defaults to start from
     [parts]                        # bits per part; 16 keeps the source's own numbers
@@ -94,7 +94,7 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Settings of the calibration sample: its number of windows, and tokens of each (never beyond the model's)."""
+    """Settings of the calibration sample: windows, and tokens of each (never beyond the model's)."""
 
     windows: int = 128
     window: int = 2048
@@ -171,7 +171,9 @@ def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Reci
     """Put values in the layout of ``recipe.toml`` over a recipe; ``origin`` names them in errors."""
     known = {"bits", "seed", "parts", "modules", "encode", "calibration"}
     if unknown := set(raw) - known:
-        raise RecipeError(f"{origin}: unknown key {sorted(unknown)[0]!r}; known keys are {_listed(sorted(known))}")
+        raise RecipeError(
+            f"{origin}: unknown key {sorted(unknown)[0]!r}; known keys are {_listed(sorted(known))}"
+        )
     parts = dict(recipe.parts)
     for name, bits in raw.get("parts", {}).items():
         if name not in set(Part):
@@ -197,8 +199,14 @@ def _refusal(name: str) -> str:
 
 
 def _checked_bits(bits: object, origin: str) -> int:
-    if not isinstance(bits, int) or isinstance(bits, bool) or not (MIN_BITS <= bits <= MAX_BITS or bits == KEEP):
-        raise RecipeError(f"{origin} is {bits!r}; bits are {MIN_BITS} to {MAX_BITS}, or {KEEP} to keep the source")
+    if (
+        not isinstance(bits, int)
+        or isinstance(bits, bool)
+        or not (MIN_BITS <= bits <= MAX_BITS or bits == KEEP)
+    ):
+        raise RecipeError(
+            f"{origin} is {bits!r}; bits are {MIN_BITS} to {MAX_BITS}, or {KEEP} to keep the source"
+        )
     return bits
 
 

@@ -164,4 +164,3 @@ class HessianDirectory:
 
     def _file(self, index: int) -> Path:
         return self._path / f"layer-{index:05d}.safetensors"
-

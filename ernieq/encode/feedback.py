@@ -1,8 +1,9 @@
 """LDLQ: round a block of columns after the errors of the blocks already fixed have been fed into it.
 
-Source: QuIP (arXiv 2307.13304), LDLQ; block form: QuIP# (arXiv 2402.04396), section 4. With ``H = L D L^T`` the
-proxy loss is ``tr(E H E^T) = sum_k tr((E L)_k D_k (E L)_k^T)`` and ``(E L)_k = E_k + sum_{i>k} E_i L_ik``: going
-from the last block to the first, each block can cancel what the later ones have left in its own term.
+Source: QuIP (arXiv 2307.13304), LDLQ; block form: QuIP# (arXiv 2402.04396), section 4. With
+``H = L D L^T`` the proxy loss is ``tr(E H E^T) = sum_k tr((E L)_k D_k (E L)_k^T)`` and
+``(E L)_k = E_k + sum_{i>k} E_i L_ik``: going from the last block to the first, each block can cancel what the
+later ones have left in its own term.
 """
 
 from __future__ import annotations
@@ -53,11 +54,10 @@ def block_ldl_factor(hessian: Tensor, damping: float) -> Tensor:
             break
         damping *= 10.0
     blocks = cholesky.reshape(width, width // TILE_SIDE, TILE_SIDE).transpose(0, 1)  # (block, row, column)
-    diagonal = torch.stack(
-        [cholesky[k : k + TILE_SIDE, k : k + TILE_SIDE] for k in range(0, width, TILE_SIDE)]
-    )
+    diagonal = torch.stack([cholesky[k : k + TILE_SIDE, k : k + TILE_SIDE] for k in range(0, width, TILE_SIDE)])
     factor = torch.linalg.solve_triangular(diagonal, blocks, upper=False, left=False)
-    return factor.transpose(0, 1).reshape(width, width).float()
+    result: Tensor = factor.transpose(0, 1).reshape(width, width).float()
+    return result
 
 
 def encode_ldlq(
@@ -97,9 +97,7 @@ def encode_ldlq(
         stop = start + TILE_SIDE
         target = weight[:, start:stop] + error[:, stop:] @ ldl_factor[stop:, start:stop]
         tiles = matrix_to_tiles((target * to_units).numpy())[:, 0]
-        chosen = encode_tiles(
-            tiles, code, first_pass_steps=first_pass_steps, backend=backend, threads=threads
-        )
+        chosen = encode_tiles(tiles, code, first_pass_steps=first_pass_steps, backend=backend, threads=threads)
         values = tiles_to_matrix(table[ring_states(chosen, code)][:, None])
         symbols[:, start // TILE_SIDE] = chosen
         normalised[:, start:stop] = torch.from_numpy(values.astype(np.float32)) / VALUE_UNIT

@@ -1,4 +1,4 @@
-"""Types of the C++ module; arrays are C-contiguous and on the CPU, and are checked when a function is called."""
+"""Types of the C++ module; arrays are C-contiguous and on the CPU, and are checked at every call."""
 
 from typing import Any
 

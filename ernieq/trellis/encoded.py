@@ -41,7 +41,9 @@ class EncodedMatrix:
     def __post_init__(self) -> None:
         row_tiles, column_tiles, units = self.packed.shape
         if units != self.code.units_per_tile:
-            raise ShapeError(f"packed tiles have {units} units; {self.code} calls for {self.code.units_per_tile}")
+            raise ShapeError(
+                f"packed tiles have {units} units; {self.code} calls for {self.code.units_per_tile}"
+            )
         if self.scale.shape != (row_tiles * TILE_SIDE,):
             raise ShapeError(f"scale has shape {self.scale.shape}; expected ({row_tiles * TILE_SIDE},)")
         if self.signs.shape != (column_tiles * TILE_SIDE,):
@@ -54,12 +56,12 @@ class EncodedMatrix:
     @property
     def out_features(self) -> int:
         """Number of output channels (rows)."""
-        return self.packed.shape[0] * TILE_SIDE
+        return int(self.packed.shape[0]) * TILE_SIDE
 
     @property
     def in_features(self) -> int:
         """Number of input channels (columns)."""
-        return self.packed.shape[1] * TILE_SIDE
+        return int(self.packed.shape[1]) * TILE_SIDE
 
     def rotated_weight(self) -> NDArray[np.float32]:
         """Decode in the rotated basis: (out_features, in_features) float32, exact (no rounding occurs)."""

@@ -1,8 +1,8 @@
 """The ring of bits of a tile: symbols, packed units, states, values.
 
 The ring holds 256 K bits, the first symbol's high bit first. Sixteen consecutive bits make a unit, first bit
-highest; a tile is 16 K units. The state of weight t is the L bits that end at bit (t + 1) K, wrapping around, so
-any bit string is a legal tile and nothing is stored beside the ring.
+highest; a tile is 16 K units. The state of weight t is the L bits that end at bit (t + 1) K, wrapping around,
+so any bit string is a legal tile and nothing is stored beside the ring.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def unpack_symbols(packed: NDArray[np.int16], code: TrellisCode) -> NDArray[np.u
     packed_bytes = np.ascontiguousarray(packed).view(np.uint16).astype(">u2").view(np.uint8)
     ring = np.unpackbits(packed_bytes, axis=-1).reshape(*packed.shape[:-1], TILE_WEIGHTS, bits)
     weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint8)
-    return (ring * weights).sum(axis=-1, dtype=np.uint8)
+    symbols: NDArray[np.uint8] = (ring * weights).sum(axis=-1, dtype=np.uint8)
+    return symbols
 
 
 def ring_states(symbols: NDArray[np.uint8], code: TrellisCode) -> NDArray[np.uint16]:

@@ -35,7 +35,7 @@ def tile_order() -> NDArray[np.int64]:
     lane, j = np.divmod(np.arange(TILE_WEIGHTS), 8)
     row = lane // 4 + 8 * (j // 2 % 2)
     column = 2 * (lane % 4) + j % 2 + 8 * (j // 4)
-    order = row * TILE_SIDE + column
+    order: NDArray[np.int64] = row * TILE_SIDE + column
     order.flags.writeable = False
     return order
 
@@ -55,15 +55,15 @@ def matrix_to_tiles(matrix: NDArray[Any]) -> NDArray[Any]:
     rows, columns = matrix.shape
     if rows % TILE_SIDE or columns % TILE_SIDE:
         raise ShapeError(f"a {rows} x {columns} matrix can't be cut into tiles: sides must be multiples of 16")
-    blocks = matrix.reshape(rows // TILE_SIDE, TILE_SIDE, columns // TILE_SIDE, TILE_SIDE)
-    blocks = blocks.transpose(0, 2, 1, 3).reshape(rows // TILE_SIDE, columns // TILE_SIDE, TILE_WEIGHTS)
-    return blocks[..., tile_order()]
+    blocks = matrix.reshape(rows // TILE_SIDE, TILE_SIDE, columns // TILE_SIDE, TILE_SIDE).transpose(0, 2, 1, 3)
+    flat = blocks.reshape(rows // TILE_SIDE, columns // TILE_SIDE, TILE_WEIGHTS)
+    return flat[..., tile_order()]
 
 
 def tiles_to_matrix(tiles: NDArray[Any]) -> NDArray[Any]:
     """Inverse of ``matrix_to_tiles``: (row tiles, column tiles, 256) -> (rows, columns)."""
     row_tiles, column_tiles, _ = tiles.shape
-    blocks = np.empty_like(tiles)
-    blocks[..., tile_order()] = tiles
-    blocks = blocks.reshape(row_tiles, column_tiles, TILE_SIDE, TILE_SIDE).transpose(0, 2, 1, 3)
+    flat = np.empty_like(tiles)
+    flat[..., tile_order()] = tiles
+    blocks = flat.reshape(row_tiles, column_tiles, TILE_SIDE, TILE_SIDE).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(blocks.reshape(row_tiles * TILE_SIDE, column_tiles * TILE_SIDE))

@@ -21,7 +21,9 @@ def test_moments_in_batches_are_the_weighted_means() -> None:
     expected = torch.einsum("t,tr,ti->ri", weights, residuals, inputs) / weights.sum()
     assert torch.allclose(moments.mean_residual(), expected, atol=1e-5)
     assert moments.tokens == 50
-    assert moments.effective_tokens == pytest.approx(float(weights.sum() ** 2 / weights.square().sum()), rel=1e-5)
+    assert moments.effective_tokens == pytest.approx(
+        float(weights.sum() ** 2 / weights.square().sum()), rel=1e-5
+    )
 
 
 def test_without_weights_every_token_counts_once() -> None:

@@ -76,7 +76,9 @@ def test_the_hash_of_every_file_is_recorded(tmp_path: Path) -> None:
         ("deep.jsonl", b"[" * 100000, "line 1"),
     ],
 )
-def test_a_bad_text_is_refused_in_one_sentence(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+def test_a_bad_text_is_refused_in_one_sentence(
+    tmp_path: Path, name: str, content: bytes, sentence: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(TextError, match=sentence) as caught:

@@ -9,6 +9,7 @@ from ernieq.encode.feedback import block_ldl_factor, damped, encode_ldlq
 from ernieq.encode.matrix import proxy_error
 from ernieq.encode.scales import initial_scale
 from ernieq.kernels.backend import Backend
+from ernieq.kernels.viterbi import encode_tiles
 from ernieq.trellis import TrellisCode
 
 CODE = TrellisCode(2, 10)
@@ -56,9 +57,7 @@ def test_a_singular_hessian_is_damped_until_it_factors() -> None:
 def test_ldlq_with_an_identity_hessian_is_plain_rounding() -> None:
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(1))
     together = encode(weight, block_ldl_factor(torch.eye(48), 0.01))
-    alone = torch.cat(
-        [encode_block(weight, start) for start in range(0, 48, 16)], dim=1
-    )
+    alone = torch.cat([encode_block(weight, start) for start in range(0, 48, 16)], dim=1)
     assert torch.equal(together, alone)
 
 
@@ -94,15 +93,13 @@ def test_the_reported_values_are_those_of_the_symbols() -> None:
 @pytest.mark.parametrize("steps", [96, 256])
 def test_the_length_of_the_first_pass_reaches_the_search(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    import ernieq.encode.feedback as feedback
-
-    real = feedback.encode_tiles
+    real = encode_tiles
 
     def spy(*args: object, first_pass_steps: int, **kwargs: object) -> object:
         seen.append(first_pass_steps)
         return real(*args, first_pass_steps=first_pass_steps, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(feedback, "encode_tiles", spy)
+    monkeypatch.setattr("ernieq.encode.feedback.encode_tiles", spy)
     weight = torch.randn(16, 16)
     encode_ldlq(
         weight, torch.eye(16), torch.ones(16), CODE, first_pass_steps=steps, backend=Backend.AUTO, threads=1

@@ -30,7 +30,9 @@ def encode(weight: Tensor, hessian: Tensor | None = None, code: TrellisCode = CO
     return encode_matrices({"w": weight}, hessian, signs, code, OPTIONS)["w"].decoded
 
 
-@pytest.mark.parametrize(("width", "block"), [(2560, 128), (1536, 128), (576, 64), (48, 16), (16, 16), (80, 16)])
+@pytest.mark.parametrize(
+    ("width", "block"), [(2560, 128), (1536, 128), (576, 64), (48, 16), (16, 16), (80, 16)]
+)
 def test_the_rotation_block_is_the_largest_power_of_two_that_divides(width: int, block: int) -> None:
     assert rotation_block(width) == block
 
@@ -69,7 +71,9 @@ def test_signs_depend_on_seed_and_group_alone_and_are_pinned() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_any_width_that_is_a_multiple_of_16_encodes_near_its_rate(width: int, bits: int) -> None:
     weight = random(48, width)
-    error = float((encode(weight, code=TrellisCode(bits, 12)) - weight).square().mean() / weight.square().mean())
+    error = float(
+        (encode(weight, code=TrellisCode(bits, 12)) - weight).square().mean() / weight.square().mean()
+    )
     assert error < 1.35 * 4.0**-bits
 
 

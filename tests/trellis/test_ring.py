@@ -20,9 +20,7 @@ from ernieq.trellis import (
     unpack_symbols,
 )
 
-CODES = st.builds(
-    TrellisCode, st.integers(2, 5), st.sampled_from([10, 12, 14, 16])
-)
+CODES = st.builds(TrellisCode, st.integers(2, 5), st.sampled_from([10, 12, 14, 16]))
 
 
 def slow_value(state: int) -> int:
@@ -56,7 +54,9 @@ def test_values_are_about_gaussian_with_the_stated_spread() -> None:
 
 @given(CODES, st.data())
 @settings(max_examples=30, deadline=None)
-def test_any_byte_string_is_a_legal_tile_and_packs_back_to_itself(code: TrellisCode, data: st.DataObject) -> None:
+def test_any_byte_string_is_a_legal_tile_and_packs_back_to_itself(
+    code: TrellisCode, data: st.DataObject
+) -> None:
     raw = data.draw(st.binary(min_size=2 * code.units_per_tile, max_size=2 * code.units_per_tile))
     packed = np.frombuffer(raw, dtype="<i2")
     symbols = unpack_symbols(packed, code)
@@ -78,7 +78,7 @@ def test_each_state_overlaps_the_next_in_all_but_its_new_bits_around_the_ring() 
 def test_the_tile_order_is_the_operand_order_of_m16n8k16() -> None:
     order = tile_order()
     assert sorted(order.tolist()) == list(range(256))
-    # PTX ISA, "Matrix fragments for mma.m16n8k16": lane 5 holds a0..a7 of rows 1 and 9, columns 2, 3 and 10, 11.
+    # PTX ISA, "Matrix fragments for mma.m16n8k16": a0..a7 of lane 5, rows 1 and 9, columns 2, 3, 10, 11.
     rows_columns = [(1, 2), (1, 3), (9, 2), (9, 3), (1, 10), (1, 11), (9, 10), (9, 11)]
     assert order[40:48].tolist() == [row * 16 + column for row, column in rows_columns]
 

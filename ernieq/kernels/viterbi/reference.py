@@ -23,7 +23,7 @@ def doublings(bits_per_weight: int) -> int:
 
 
 def branch_costs(target: int, code: TrellisCode) -> NDArray[np.int32]:
-    """Cost of putting each state at a weight: (2^L,) int32, 0 to 32768, in 2^(5 - 2 doublings) squared value units."""
+    """Cost of each state at a weight: (2^L,) int32, 0 to 32768, in 2^(5 - 2 doublings) squared value units."""
     difference = state_values(code.state_bits).astype(np.int32) * TARGET_UNIT - target
     for _ in range(doublings(code.bits_per_weight)):
         difference = np.clip(2 * difference, -32768, 32767)

@@ -1,0 +1,5 @@
+"""``python -m ernieq.cli`` is ``ernieq``."""
+
+from ernieq.cli import main
+
+main(prog_name="ernieq")
