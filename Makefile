@@ -11,7 +11,7 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := ernieq-nano-2bit
-BENCHMARKS := $(filter-out benchmarks/machine.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := benchmarks/gaussian_tiles.py benchmarks/matmul_speed.py
 NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
 

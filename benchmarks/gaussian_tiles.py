@@ -81,7 +81,8 @@ def main() -> None:
     add(TrellisCode(2), arguments.samples // 8, backend=Backend.AVX2)
     add(TrellisCode(2), arguments.samples // 64, backend=Backend.SCALAR)
     if arguments.out:
-        write_result(arguments.out, {"machine": describe_machine(), "rows": rows})
+        command = "python benchmarks/gaussian_tiles.py --samples 1048576 --out FILE"
+        write_result(arguments.out, {"machine": describe_machine(), "command": command, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/quality.py MODEL --text wikitext2_test.txt --text english_books.txt --work DIR \\
         --out benchmarks/results/mini_quality.json
 
-Protocol: the first 400,000 bytes of each text, tokenised once with the begin token first, the first 48 windows of
-1024 tokens, all shifted tokens scored, float32. Calibration is on the bundled calibration texts alone. Packed
-checkpoints and evaluations that are already in the working directory are not made again.
+Protocol: the first 400,000 bytes of each text, tokenised once with the begin token first, the first 48 windows
+of 1024 tokens, all shifted tokens scored, float32. Calibration is on the bundled calibration texts alone.
+Packed checkpoints and evaluations that are already in the working directory are not made again.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def row(model: str, setting: str, entry: dict[str, Any], report: dict[str, Any],
         "model": model,
         "setting": setting,
         "options": SETTINGS[setting],
-        "text": text["name"],
+        "text": Path(text["name"]).stem.removesuffix("_test"),
         "text_sha256": text["sha256"],
         "scored_tokens": text["scored_tokens"],
         "perplexity_bf16": entry["base"]["perplexity"],

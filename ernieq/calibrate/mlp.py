@@ -18,9 +18,9 @@ CHUNK_TOKENS = 8192
 class MlpPass:
     """Runs the feed-forward part of one layer over both streams.
 
-    The order is: ``input_moments``; for every expert ``expert_input_moments``, once its gate and up are
-    replaced ``expert_down_moments``, once its down is ``add_expert``; then, once gate and up of the dense or shared part
-    are replaced, ``down_moments``; ``advance``.
+    The order is: ``input_moments``; then for every expert ``expert_input_moments``, once its gate and up are
+    replaced ``expert_down_moments``, and once its down is replaced ``add_expert``; then, once gate and up of
+    the dense or shared part are replaced, ``down_moments``; and ``advance``.
 
     Args:
         reference: the layer with its bf16 weights, widened.

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_TINY = 1e-300  # divides the zeros of moments without tokens
-
 
 @dataclass
 class Moments:
@@ -56,11 +54,11 @@ class Moments:
 
     def mean_gram(self) -> Tensor:
         """H: (width, width), the weighted mean of x x^T; zeros without tokens."""
-        return self.gram / max(self.weight, _TINY)
+        return self.gram / (self.weight or 1.0)
 
     def mean_residual(self) -> Tensor:
         """(residual_rows, width), the weighted mean of r x^T; zeros without tokens."""
-        return self.residual / max(self.weight, _TINY)
+        return self.residual / (self.weight or 1.0)
 
 
 def shrinkage(effective_tokens: float, width: int, strength: float) -> float:

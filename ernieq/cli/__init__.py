@@ -8,6 +8,8 @@ To add a command: write ``ernieq/cli/<name>.py`` with a click command called ``c
 
 from __future__ import annotations
 
+import os
+
 import click
 
 import ernieq
@@ -32,6 +34,11 @@ SECTIONS = (
     ),
     CommandSection("Use", (CommandEntry("generate", "Complete a prompt."),)),
 )
+
+
+# Torch's idle threads would spin on the processors that the trellis search, which has threads of its own, could
+# use; read once, when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @click.command(cls=ErnieqGroup, sections=SECTIONS, context_settings={"help_option_names": ["-h", "--help"]})

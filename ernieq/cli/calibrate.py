@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def read_texts(paths: Sequence[Path]) -> list[TextFile]:
     type=click.Path(path_type=Path),
     help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
 )
-@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.  [default: 128]")
+@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.  [default: 64]")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.  [default: 2048]")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @seed_option
@@ -80,8 +81,6 @@ def command(
       ernieq calibrate
       ernieq calibrate ./my-model --text notes.txt --out my-model-hessians
     """
-    import torch
-
     torch.set_num_threads(threads)
     if out is not None and out.exists() and not overwrite:
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")

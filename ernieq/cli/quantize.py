@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -119,6 +120,7 @@ def command(
       ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
       ernieq quantize ./my-model --bits 3 --attention-bits 5 --dry-run
     """
+    torch.set_num_threads(threads)
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     recipe = _recipe(bits, recipe_file, settings)
     with progress_report(f"opening {name}", unit="weights") as progress:

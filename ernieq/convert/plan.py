@@ -70,12 +70,14 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Plan a conversion.
+    """Plan a conversion; a checkpoint that can't be converted whole is refused here, before any work.
 
     Raises:
+        CheckpointError: tensors are missing, have another shape or dtype, or have no place in the model.
         ShapeError: a matrix that is to be quantized has a side that is not a multiple of 16.
         RecipeError: a pattern of the recipe matches nothing that can be quantized, or nothing is quantized.
     """
+    checkpoint.audit()
     modules: dict[str, int] = {}
     totals: dict[str, list[int]] = {str(part): [0, 0, 0] for part in PARTS.values()} | {"kept": [0, 0, 0]}
     quantizable: set[str] = set()

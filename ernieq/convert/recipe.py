@@ -11,7 +11,7 @@ options, each overriding the one before:
     [encode]
     damping = 0.01
     [calibration]
-    windows = 128
+    windows = 64
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ DEFAULT_BITS: dict[int, dict[Part, int]] = {
         Part.ROUTED_EXPERTS: 2,
         Part.SHARED_EXPERTS: 4,
         Part.ATTENTION: 4,
-        Part.DENSE_MLP: 4,
+        Part.DENSE_MLP: 3,
         Part.EMBEDDING: 6,
         Part.HEAD: 6,
     },
@@ -96,7 +96,7 @@ class EncodeSettings:
 class CalibrationSettings:
     """Settings of the calibration sample: windows, and tokens of each (never beyond the model's)."""
 
-    windows: int = 128
+    windows: int = 64
     window: int = 2048
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ernieq.errors import NonFiniteError
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.viterbi import encode_tiles
 from ernieq.trellis import (
@@ -41,13 +42,19 @@ def block_ldl_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Args:
         hessian: (in_features, in_features) symmetric, positive semidefinite; in_features a multiple of 16.
-        damping: share of the mean diagonal that is added; raised tenfold until the factorisation exists.
+        damping: share of the mean diagonal that is added; raised tenfold until the factorisation exists,
+            which it does at the latest when the diagonal dominates.
 
     Returns:
         (in_features, in_features) float32, unit block-lower triangular.
+
+    Raises:
+        NonFiniteError: the Hessian holds NaN or infinity, which no damping mends.
     """
     width = hessian.shape[0]
     wide = hessian.double()
+    if not torch.isfinite(wide).all():
+        raise NonFiniteError(f"a Hessian of width {width} holds NaN or infinity: the calibration overflowed")
     while True:
         cholesky, failed = torch.linalg.cholesky_ex(damped(wide, damping))
         if not failed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.scales import initial_scale, refit_scale
-from ernieq.errors import ShapeError
+from ernieq.errors import NonFiniteError, ShapeError
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.hadamard import rotate, unrotate
 from ernieq.kernels.viterbi import FULL_FIRST_PASS
@@ -75,12 +75,15 @@ def encode_matrices(
 
     Raises:
         ShapeError: a side of a matrix is not a multiple of 16.
+        NonFiniteError: the Hessian has NaN or infinite numbers (an activation overflowed).
     """
     for name, weight in weights.items():
         if any(side % TILE_SIDE for side in weight.shape):
             raise ShapeError(
                 f"{name} has shape {tuple(weight.shape)}; the trellis code needs sides that are multiples of 16"
             )
+    if not torch.isfinite(hessian).all():
+        raise NonFiniteError(f"the Hessian of the input of {next(iter(weights))} has NaN or infinite numbers")
     stacked = torch.cat([weight.float() for weight in weights.values()])
     block = rotation_block(stacked.shape[1])
     sign_tensor = torch.from_numpy(signs)

@@ -119,6 +119,11 @@ def test_a_side_that_is_no_multiple_of_16_is_refused_by_name() -> None:
         encode(random(24, 32))
 
 
+def test_a_hessian_that_is_not_finite_is_refused_by_name() -> None:
+    with pytest.raises(NonFiniteError, match="input of w has NaN"):
+        encode(random(16, 32), torch.full((32, 32), float("nan")))
+
+
 def test_a_scale_beyond_float16_is_refused() -> None:
     with pytest.raises(NonFiniteError, match="beyond the range of float16"):
         to_float16(torch.tensor([1e6]))
