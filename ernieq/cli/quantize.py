@@ -88,7 +88,7 @@ def _part_options(function: Any) -> Any:
 @click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.")
 @click.option("--state-bits", type=int, help="Length of the code's state: 16, or 10 to 14 for a quick try.")
 @click.option(
-    "--fast", is_flag=True, help="Shorten the first search pass: a third less time, 1.5 % more error."
+    "--fast", is_flag=True, help="Shorten the first search pass: a quarter less search time, 1.5 % more error."
 )
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--dry-run", is_flag=True, help="Print the plan (sizes, memory, disk, time) and stop.")

@@ -80,7 +80,7 @@ class EncodeSettings:
     Args:
         state_bits: L of the trellis code; 16, or 10 to 14 for a quick try.
         damping: share of the mean diagonal added to a Hessian before it is factored.
-        first_pass_steps: length of the first tail-biting pass; 96 is quicker and 1 % worse at 2 bits.
+        first_pass_steps: length of the first tail-biting pass; 96 is quicker, and 1.5 % worse at 2 bits.
         shrinkage: tokens per channel at which an expert's own Hessian counts as much as its layer's.
         correction_damping: share of the mean diagonal that restrains the correction toward the bf16 output.
     """

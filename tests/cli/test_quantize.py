@@ -1,0 +1,227 @@
+"""Every option of ``ernieq quantize`` changes what it says it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ernieq.cli import quantize as quantize_module
+from ernieq.kernels.backend import Backend
+from ernieq.pack import PackedReader
+from tests.cli.quantizing import done, quantize, refused, run
+from tests.convert.conversions import file_hashes, write_words
+
+
+@pytest.fixture
+def source(tiny: Callable[..., Path]) -> Path:
+    """An untied MoE model with a dense first layer: it has every part that an option can name."""
+    directory = tiny(tied=False)
+    write_words(directory.parent / "words.txt")
+    return directory
+
+
+def bits_of(packed: Path) -> dict[str, int]:
+    reader = PackedReader(packed)
+    return {module: reader.code_of(module).bits_per_weight for module in reader.modules()}
+
+
+def shards(packed: Path) -> dict[str, str]:
+    return file_hashes(packed, "*.safetensors")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bits_set_the_routed_experts_and_the_code_of_all_is_in_the_manifest(
+    source: Path, tmp_path: Path, bits: int
+) -> None:
+    done(quantize(source, tmp_path / "packed", "--bits", str(bits)))
+    found = bits_of(tmp_path / "packed")
+    assert {found[name] for name in found if ".experts." in name} == {bits}
+    assert PackedReader(tmp_path / "packed").manifest.recipe["bits"] == bits
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--attention-bits", "self_attn."),
+        ("--shared-bits", "shared_experts."),
+        ("--dense-bits", "layers.0.mlp."),
+        ("--embedding-bits", "embed_tokens"),
+        ("--head-bits", "lm_head"),
+    ],
+)
+@pytest.mark.parametrize("bits", [3, 16])
+def test_an_option_of_a_part_sets_this_part_and_no_other(
+    source: Path, tmp_path: Path, option: str, words: str, bits: int
+) -> None:
+    done(quantize(source, tmp_path / "default"))
+    done(quantize(source, tmp_path / "packed", option, str(bits)))
+    expected = bits_of(tmp_path / "default")
+    chosen = {name for name in expected if words in name}
+    assert chosen
+    if bits == 16:
+        expected = {name: found for name, found in expected.items() if name not in chosen}
+    else:
+        expected |= dict.fromkeys(chosen, bits)
+    assert bits_of(tmp_path / "packed") == expected
+
+
+def test_options_override_the_recipe_file_and_the_file_the_defaults(source: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'bits = 3\nseed = 5\n[parts]\nattention = 3\ndense_mlp = 3\n[modules]\n"*.experts.1.*" = 4\n'
+        "[encode]\ndamping = 0.02\n"
+    )
+    done(quantize(source, tmp_path / "packed", "--recipe", recipe, "--attention-bits", "2"))
+    found, manifest = bits_of(tmp_path / "packed"), PackedReader(tmp_path / "packed").manifest
+    assert found["model.layers.1.self_attn.q_proj"] == 2
+    assert found["model.layers.0.mlp.up_proj"] == 3
+    assert found["model.layers.1.mlp.experts.0.up_proj"] == 3
+    assert found["model.layers.1.mlp.experts.1.up_proj"] == 4
+    assert found["model.layers.1.mlp.shared_experts.up_proj"] == 4
+    assert (manifest.seed, manifest.recipe["encode"]["damping"]) == (5, 0.02)
+    done(quantize(source, tmp_path / "other", "--recipe", recipe, "--bits", "2", "--seed", "6"))
+    assert bits_of(tmp_path / "other")["model.layers.1.mlp.experts.0.up_proj"] == 2
+    assert PackedReader(tmp_path / "other").manifest.seed == 6
+
+
+def test_text_windows_and_window_choose_the_sample(source: Path, tmp_path: Path) -> None:
+    done(quantize(source, tmp_path / "default"))
+    other = write_words(tmp_path / "other.txt", seed=1)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": f"w3 w4 w{n}"}) + "\n" for n in range(5, 60)))
+    found = {}
+    for name, options in {
+        "other": ("--text", other),
+        "both": ("--text", other, "--text", lines),
+        "windows": ("--windows", "3"),
+        "window": ("--window", "16"),
+    }.items():
+        done(quantize(source, tmp_path / name, *options))
+        calibration = PackedReader(tmp_path / name).manifest.calibration
+        assert calibration is not None
+        found[name] = (sorted(calibration.files), calibration.windows, calibration.tokens)
+        assert shards(tmp_path / name) != shards(tmp_path / "default")
+    assert found == {
+        "other": (["other.txt"], 4, 128),
+        "both": (["lines.jsonl", "other.txt"], 4, 128),
+        "windows": (["words.txt"], 3, 96),
+        "window": (["words.txt"], 4, 64),
+    }
+
+
+@pytest.mark.parametrize("options", [("--seed", "1"), ("--state-bits", "12"), ("--fast",)], ids=" ".join)
+def test_seed_state_bits_and_fast_change_the_bytes(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    done(quantize(source, tmp_path / "default"))
+    done(quantize(source, tmp_path / "packed", *options))
+    assert shards(tmp_path / "packed") != shards(tmp_path / "default")
+    manifest = PackedReader(tmp_path / "packed").manifest
+    recipe: dict[str, Any] = dict(manifest.recipe)
+    assert (manifest.seed, recipe["encode"]["state_bits"], recipe["encode"]["first_pass_steps"] < 256) == (
+        (1, 10, False),
+        (0, 12, False),
+        (0, 10, True),
+    )[["--seed", "--state-bits", "--fast"].index(options[0])]
+
+
+@pytest.mark.parametrize("options", [("--threads", "2"), ("--backend", "scalar")], ids=" ".join)
+def test_threads_and_backend_change_no_byte(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    done(quantize(source, tmp_path / "default"))
+    done(quantize(source, tmp_path / "packed", *options))
+    assert shards(tmp_path / "packed") == shards(tmp_path / "default")
+
+
+def test_threads_and_backend_reach_the_encoder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    class Watched(quantize_module.Conversion):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            seen.append(self._options)
+
+    monkeypatch.setattr(quantize_module, "Conversion", Watched)
+    done(quantize(source, tmp_path / "packed", "--threads", "2", "--backend", "scalar"))
+    assert [(options.threads, options.backend) for options in seen] == [(2, Backend.SCALAR)]
+
+
+def test_the_reference_backend_writes_the_same_bytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    source = tiny(moe=False, layers=1, hidden=16, intermediate=16, heads=1, kv_heads=1, vocabulary=64)
+    write_words(source.parent / "words.txt")
+    for backend in ("auto", "reference"):
+        done(quantize(source, tmp_path / backend, "--backend", backend))
+    assert shards(tmp_path / "auto") == shards(tmp_path / "reference")
+
+
+def test_stored_hessians_take_the_place_of_texts(source: Path, tmp_path: Path) -> None:
+    hessians = tmp_path / "hessians"
+    sample = ("--text", source.parent / "words.txt", "--windows", "4", "--window", "32", "--threads", "1")
+    done(run("calibrate", source, "--out", hessians, *sample))
+    done(quantize(source, tmp_path / "along"))
+    done(quantize(source, tmp_path / "stored", "--hessians", hessians))
+    along, stored = PackedReader(tmp_path / "along"), PackedReader(tmp_path / "stored")
+    assert along.modules() == stored.modules()
+    assert along.manifest.calibration == stored.manifest.calibration
+    assert shards(tmp_path / "along") != shards(tmp_path / "stored")  # no correction of earlier layers
+    done(run("verify", tmp_path / "stored"))
+
+
+@pytest.mark.parametrize("option", [("--text", "words.txt"), ("--windows", "2"), ("--window", "32")])
+def test_a_sample_beside_stored_hessians_is_refused(source: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+    (tmp_path / "hessians").mkdir()
+    result = run("quantize", source, "--out", tmp_path / "packed", "--hessians", tmp_path / "hessians", *option)
+    refused(result, 2, "--hessians")
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    before = file_hashes(tmp_path)
+    output = done(quantize(source, tmp_path / "packed", "--dry-run"))
+    for words in ("routed_experts", "attention", "embedding", "kept", "total", "memory about", "disk", "time about"):
+        assert words in output
+    plan = json.loads(done(quantize(source, tmp_path / "packed", "--dry-run", "--json")))
+    assert file_hashes(tmp_path) == before
+    assert not (tmp_path / "packed").exists()
+    done(quantize(source, tmp_path / "packed"))
+    assert plan["modules"] == bits_of(tmp_path / "packed")
+    parameters = sum(part["parameters"] for part in plan["parts"])
+    assert plan["parameters"] == parameters
+    assert plan["memory_bytes"] > plan["output_bytes"] > 0
+    assert plan["seconds"] > 0
+
+
+def test_dry_run_refuses_what_the_run_would_refuse(source: Path) -> None:
+    refused(quantize(source, source / "packed", "--dry-run"), 2, "input")
+
+
+def test_an_existing_output_is_replaced_with_overwrite_alone(source: Path, tmp_path: Path) -> None:
+    done(quantize(source, tmp_path / "packed"))
+    before = shards(tmp_path / "packed")
+    refused(quantize(source, tmp_path / "packed", "--seed", "1"), 2, "--overwrite", str(tmp_path / "packed"))
+    assert shards(tmp_path / "packed") == before
+    done(quantize(source, tmp_path / "packed", "--seed", "1", "--overwrite"))
+    assert shards(tmp_path / "packed") != before
+    done(run("verify", tmp_path / "packed"))
+
+
+def test_json_reports_the_layers_and_the_size(source: Path, tmp_path: Path) -> None:
+    found = json.loads(done(quantize(source, tmp_path / "packed", "--json")))
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert [layer["index"] for layer in found["layers"]] == [0, 1, 2]
+    assert found["calibration_tokens"] == 128
+
+
+def test_the_output_is_named_after_the_model_and_its_bits(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = "--state-bits 10 --embedding-bits 5 --head-bits 5 --windows 1 --window 32 --threads 1".split()
+    done(run("quantize", source, "--bits", "3", "--text", source.parent / "words.txt", *quick))
+    assert (tmp_path / f"{source.name}-3bit" / "ernieq.json").exists()
+
+
+def test_a_revision_of_a_local_directory_is_refused(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "packed", "--revision", "main"), 2, "main", source.name)
