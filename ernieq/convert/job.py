@@ -128,6 +128,7 @@ class Conversion:
         """
         started = time.monotonic()
         check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
+        load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
             if isinstance(self._calibration, HessianDirectory):
                 report = ConversionReport(self.plan, self._calibration.record)
@@ -237,6 +238,8 @@ class Conversion:
             info = self._checkpoint.info(name)
             raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
             writer.add_tensor(name, raw, carried=name in unknown)
+            del raw
+            self._checkpoint.release()
 
     def _coverage(self) -> Coverage:
         """What must have become of every source tensor, from the source's own list of names."""

@@ -141,6 +141,13 @@ class PackedReader:
         data = self._bytes(entry).data if entry.nbytes else b""
         return RawTensor(entry.dtype, entry.shape, data)
 
+    def release(self) -> None:
+        """Let go of all mappings, so that pages already read no longer count as this process's memory.
+
+        Arrays that are still in use keep theirs; the next read maps anew.
+        """
+        self._maps.clear()
+
     def _bytes(self, entry: TensorEntry) -> NDArray[np.uint8]:
         file_name = self._file_of[entry.name]
         if file_name not in self._maps:

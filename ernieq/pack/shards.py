@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -128,8 +129,9 @@ class ShardWriter:
         return hashes
 
     def close(self) -> None:
-        """Close the spool file without finishing."""
-        self._close_spool()
+        """Close the spool file without finishing; what it still holds in its buffer is thrown away anyway."""
+        with suppress(OSError):  # a full disk refuses the buffer a second time
+            self._close_spool()
 
     def _append(self, chunks: Iterable[bytes | memoryview]) -> int:
         if self._spool is None:

@@ -177,6 +177,7 @@ def _compare_hash(
 def _check_numbers(reader: PackedReader) -> None:
     for module in reader.modules():
         reader.encoded(module)  # refuses scales that are zero or not finite
+        reader.release()
     coverage = reader.manifest.coverage
     assert coverage is not None
     carried = set(coverage.carried)
@@ -187,6 +188,7 @@ def _check_numbers(reader: PackedReader) -> None:
             piece = bits[start : start + _CHECK_ELEMENTS]
             if ((piece & exponent) == exponent).any():
                 raise VerificationError(f"{entry.name} holds a NaN or infinite number")
+        reader.release()
 
 
 def _kept_floats(reader: PackedReader, carried: set[str]) -> Iterable[TensorEntry]:

@@ -59,7 +59,9 @@ def inputs_of(layer: DecoderLayer, *names: str) -> Iterator[dict[str, list[Tenso
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
         layer.get_submodule(name).register_forward_pre_hook(
-            lambda _module, inputs, name=name: seen[name].append(inputs[0].detach().reshape(-1, inputs[0].shape[-1]))
+            lambda _module, inputs, name=name: seen[name].append(
+                inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+            )
         )
         for name in names
     ]
@@ -70,7 +72,8 @@ def inputs_of(layer: DecoderLayer, *names: str) -> Iterator[dict[str, list[Tenso
 
 @torch.no_grad()
 def plain_forward(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    return layer(hidden, rotary)
+    behind: Tensor = layer(hidden, rotary)
+    return behind
 
 
 def mean_gram(inputs: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -114,9 +117,10 @@ def test_attention_residuals_are_what_leads_back_to_the_reference(biased: ErnieF
     coded = perturbed(layer)
     attention = AttentionPass(layer, coded, both, rotary)
     inputs, contexts = attention.input_moments(), attention.context_moments()
-    with inputs_of(layer, "self_attn.q_proj", "self_attn.o_proj") as wanted, inputs_of(
-        coded, "self_attn.q_proj", "self_attn.o_proj"
-    ) as got:
+    with (
+        inputs_of(layer, "self_attn.q_proj", "self_attn.o_proj") as wanted,
+        inputs_of(coded, "self_attn.q_proj", "self_attn.o_proj") as got,
+    ):
         plain_forward(layer, both.reference, rotary)
         plain_forward(coded, both.quantized, rotary)
     x, y = got["self_attn.q_proj"][0], wanted["self_attn.q_proj"][0]
@@ -129,7 +133,9 @@ def test_attention_residuals_are_what_leads_back_to_the_reference(biased: ErnieF
 
 
 @pytest.mark.parametrize("index", [DENSE, MOE])
-def test_streams_behind_a_layer_equal_a_plain_forward_of_both_layers(model: ErnieForCausalLM, index: int) -> None:
+def test_streams_behind_a_layer_equal_a_plain_forward_of_both_layers(
+    model: ErnieForCausalLM, index: int
+) -> None:
     layer, both, rotary = model.model.layers[index], two_streams(0.1), rotary_of(model)
     assert isinstance(layer, DecoderLayer)
     coded = perturbed(layer)
@@ -167,13 +173,19 @@ def walk(
 
 
 @pytest.mark.parametrize("index", [DENSE, MOE])
-def test_residuals_vanish_where_nothing_was_quantized_and_only_there(model: ErnieForCausalLM, index: int) -> None:
+def test_residuals_vanish_where_nothing_was_quantized_and_only_there(
+    model: ErnieForCausalLM, index: int
+) -> None:
     layer, rotary, experts = model.model.layers[index], rotary_of(model), 4 if index == MOE else 0
     assert isinstance(layer, DecoderLayer)
     same = walk(layer, layer, two_streams(0.0), rotary, experts=experts)
     other = walk(layer, perturbed(layer), two_streams(0.1), rotary, experts=experts)
-    assert {name: float(residual.abs().max()) < 1e-3 for name, residual in same.items()} == dict.fromkeys(same, True)
-    assert {name: float(residual.abs().max()) > 1 for name, residual in other.items()} == dict.fromkeys(other, True)
+    assert {name: float(residual.abs().max()) < 1e-3 for name, residual in same.items()} == dict.fromkeys(
+        same, True
+    )
+    assert {name: float(residual.abs().max()) > 1 for name, residual in other.items()} == dict.fromkeys(
+        other, True
+    )
 
 
 def test_expert_moments_are_those_of_its_routed_tokens_weighted_by_the_squared_weight(
@@ -240,10 +252,16 @@ def test_collected_statistics_hold_every_input_of_a_layer(tiny: Callable[..., Pa
         assert all(torch.equal(gram, gram.T) or torch.allclose(gram, gram.T) for gram in found.grams.values())
         assert sum(found.expert_tokens) == (2 * WINDOWS * LENGTH if index == MOE else 0)
     assert widths[DENSE] == {"self_attn.input": 32, "self_attn.context": 64, "mlp.input": 32, "mlp.hidden": 48}
-    experts = {f"mlp.experts.{e}.{side}": width for e in range(4) for side, width in (("input", 32), ("hidden", 16))}
-    assert widths[MOE] == {
-        "self_attn.input": 32,
-        "self_attn.context": 64,
-        "mlp.input": 32,
-        "mlp.shared_experts.hidden": 32,
-    } | experts
+    experts = {
+        f"mlp.experts.{e}.{side}": width for e in range(4) for side, width in (("input", 32), ("hidden", 16))
+    }
+    assert (
+        widths[MOE]
+        == {
+            "self_attn.input": 32,
+            "self_attn.context": 64,
+            "mlp.input": 32,
+            "mlp.shared_experts.hidden": 32,
+        }
+        | experts
+    )

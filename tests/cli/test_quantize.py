@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ernieq.cli import quantize as quantize_module
+from ernieq.encode import EncodeOptions, encode_matrices
 from ernieq.kernels.backend import Backend
 from ernieq.pack import PackedReader
-from tests.cli.quantizing import done, quantize, refused, run
+from tests.cli.quantizing import CODE, SAMPLE, done, quantize, refused, run
 from tests.convert.conversions import file_hashes, write_words
 
 
@@ -114,7 +114,9 @@ def test_text_windows_and_window_choose_the_sample(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("options", [("--seed", "1"), ("--state-bits", "12"), ("--fast",)], ids=" ".join)
-def test_seed_state_bits_and_fast_change_the_bytes(source: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_seed_state_bits_and_fast_change_the_bytes(
+    source: Path, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     done(quantize(source, tmp_path / "default"))
     done(quantize(source, tmp_path / "packed", *options))
     assert shards(tmp_path / "packed") != shards(tmp_path / "default")
@@ -139,14 +141,17 @@ def test_threads_and_backend_reach_the_encoder(
 ) -> None:
     seen: list[Any] = []
 
-    class Watched(quantize_module.Conversion):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            seen.append(self._options)
+    genuine = encode_matrices
 
-    monkeypatch.setattr(quantize_module, "Conversion", Watched)
+    def watched(*arguments: Any) -> Any:
+        seen.extend(argument for argument in arguments if isinstance(argument, EncodeOptions))
+        return genuine(*arguments)
+
+    monkeypatch.setattr("ernieq.convert.job.encode_matrices", watched)
     done(quantize(source, tmp_path / "packed", "--threads", "2", "--backend", "scalar"))
-    assert [(options.threads, options.backend) for options in seen] == [(2, Backend.SCALAR)]
+    assert [(options.threads, options.backend) for options in seen] == [
+        (2, Backend.SCALAR)
+    ] * 2  # embedding, head
 
 
 def test_the_reference_backend_writes_the_same_bytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -171,7 +176,9 @@ def test_stored_hessians_take_the_place_of_texts(source: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("option", [("--text", "words.txt"), ("--windows", "2"), ("--window", "32")])
-def test_a_sample_beside_stored_hessians_is_refused(source: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+def test_a_sample_beside_stored_hessians_is_refused(
+    source: Path, tmp_path: Path, option: tuple[str, str]
+) -> None:
     (tmp_path / "hessians").mkdir()
     result = run("quantize", source, "--out", tmp_path / "packed", "--hessians", tmp_path / "hessians", *option)
     refused(result, 2, "--hessians")
@@ -180,7 +187,16 @@ def test_a_sample_beside_stored_hessians_is_refused(source: Path, tmp_path: Path
 def test_dry_run_prints_the_plan_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     before = file_hashes(tmp_path)
     output = done(quantize(source, tmp_path / "packed", "--dry-run"))
-    for words in ("routed_experts", "attention", "embedding", "kept", "total", "memory about", "disk", "time about"):
+    for words in (
+        "routed_experts",
+        "attention",
+        "embedding",
+        "kept",
+        "total",
+        "memory about",
+        "disk",
+        "time about",
+    ):
         assert words in output
     plan = json.loads(done(quantize(source, tmp_path / "packed", "--dry-run", "--json")))
     assert file_hashes(tmp_path) == before
@@ -218,8 +234,7 @@ def test_the_output_is_named_after_the_model_and_its_bits(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = "--state-bits 10 --embedding-bits 5 --head-bits 5 --windows 1 --window 32 --threads 1".split()
-    done(run("quantize", source, "--bits", "3", "--text", source.parent / "words.txt", *quick))
+    done(run("quantize", source, "--bits", "3", "--text", source.parent / "words.txt", *CODE, *SAMPLE))
     assert (tmp_path / f"{source.name}-3bit" / "ernieq.json").exists()
 
 

@@ -73,10 +73,16 @@ def change_config(**changes: Any) -> Damage:
     return damage
 
 
+def break_config(source: Path) -> None:
+    (source / "config.json").write_text("{")
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "missing tensor": (tensors_changed(lambda tensors: tensors.pop(EXPERT)), EXPERT),
     "extra tensor": (
-        tensors_changed(lambda tensors: tensors.update({"model.layers.1.mlp.extra.weight": torch.ones(16, 16)})),
+        tensors_changed(
+            lambda tensors: tensors.update({"model.layers.1.mlp.extra.weight": torch.ones(16, 16)})
+        ),
         "model.layers.1.mlp.extra.weight",
     ),
     "wrong shape": (tensors_changed(lambda tensors: tensors.update({EXPERT: torch.ones(16, 32)})), EXPERT),
@@ -107,7 +113,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "index naming a missing file": (name_a_missing_file, "model-00002-of-00002.safetensors"),
     "another architecture": (change_config(architectures=["LlamaForCausalLM"], model_type="llama"), "llama"),
     "quantized already": (change_config(quantization_config={"quant_method": "gptq"}), "gptq"),
-    "broken config": (lambda source: (source / "config.json").write_text("{") and None, "config.json"),
+    "broken config": (break_config, "config.json"),
     "no config": (lambda source: (source / "config.json").unlink(), "config.json"),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), "source"),
 }
@@ -121,11 +127,19 @@ def test_a_broken_checkpoint_is_refused_and_nothing_is_left(
     check(source, tmp_path / "packed", 3, name)
 
 
-@pytest.mark.parametrize("content", ["", " \n\t\n", "w3 w4 w5", b"w3 \xff w4"], ids=["empty", "blank", "short", "bytes"])
+@pytest.mark.parametrize(
+    "content", ["", " \n\t\n", "w3 w4 w5", b"w3 \xff w4"], ids=["empty", "blank", "short", "bytes"]
+)
 def test_a_text_that_is_no_sample_is_refused(source: Path, tmp_path: Path, content: str | bytes) -> None:
     text = tmp_path / "bad.txt"
     text.write_bytes(content.encode() if isinstance(content, str) else content)
-    check(source, tmp_path / "packed", 4, "tokens" if content == "w3 w4 w5" else "bad.txt", options=("--text", text))
+    check(
+        source,
+        tmp_path / "packed",
+        4,
+        "tokens" if content == "w3 w4 w5" else "bad.txt",
+        options=("--text", text),
+    )
 
 
 def test_a_missing_text_is_refused(source: Path, tmp_path: Path) -> None:
@@ -193,26 +207,17 @@ def test_a_disk_that_fails_in_mid_write_leaves_nothing(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_reported_by_the_writer_itself(
+def test_a_disk_that_is_really_full_is_reported_as_that(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import builtins
+    genuine = Path.open
 
-    from ernieq.pack import shards
+    def on_a_full_disk(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        written = ".partial" in str(path) and "r" not in mode
+        return genuine(Path("/dev/full") if written else path, mode, *rest, **options)
 
-    monkeypatch.setattr(
-        shards, "open", lambda _path, *rest, **options: builtins.open("/dev/full", *rest, **options), raising=False
-    )
-    monkeypatch.setattr(
-        Path, "open", lambda path, *rest, **options: builtins.open(full(path, rest), *rest, **options)
-    )
-    check(source, tmp_path / "packed", 5, "packed")
-
-
-def full(path: Path, mode: tuple[Any, ...]) -> str:
-    """What a path stands for on a disk that takes no more bytes."""
-    writing = bool(mode) and any(letter in str(mode[0]) for letter in "wax+")
-    return "/dev/full" if writing and ".partial" in str(path) else str(path)
+    monkeypatch.setattr(Path, "open", on_a_full_disk)
+    check(source, tmp_path / "packed", 5, "packed", "No space left on device")
 
 
 def test_a_failing_disk_keeps_the_output_that_was_to_be_replaced(

@@ -34,7 +34,7 @@ VOCABULARY = 64  # of tests.tiny
 
 def words(count: int, seed: int = 0) -> str:
     """Text of words that the tokenizer of ``tests.tiny`` knows; some are frequent, some rare."""
-    draw = random.Random(seed)  # noqa: S311 - not for secrets
+    draw = random.Random(seed)
     return " ".join(f"w{3 + int((VOCABULARY - 3) * draw.random() ** 2)}" for _ in range(count))
 
 
@@ -97,7 +97,7 @@ def decoded_model(source: Path, packed: Path) -> ErnieForCausalLM:
     model, reader = load_model(source), PackedReader(packed)
     for module in reader.modules():
         weight = torch.cat(list(decode_rows(reader.encoded(module), threads=1)))
-        model.get_submodule(module).weight.data.copy_(weight)
+        model.get_parameter(f"{module}.weight").data.copy_(weight)
     return model
 
 
@@ -105,4 +105,5 @@ def decoded_model(source: Path, packed: Path) -> ErnieForCausalLM:
 def logits_of(model: ErnieForCausalLM, length: int = 24) -> Tensor:
     """Logits of two fixed sequences of tokens that no calibration text holds in this order."""
     tokens = torch.randint(3, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(7))
-    return model(tokens)
+    logits: Tensor = model(tokens)
+    return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -161,13 +162,12 @@ def test_the_error_of_every_layer_and_of_the_logits_falls_with_the_bits(tiny: Ti
         report = convert(source, tmp_path / f"{bits}", quick_recipe(parts=parts))
         layer_errors.append([layer.output_error for layer in report.layers])
         logit_errors.append(float((logits_of(load_model(tmp_path / f"{bits}")) - wanted).square().mean()))
-    for worse, better in zip(layer_errors[:-1], layer_errors[1:], strict=True):
+    for worse, better in itertools.pairwise(layer_errors):
         assert all(high > low > 0 for high, low in zip(worse, better, strict=True))
     assert logit_errors == sorted(logit_errors, reverse=True)
 
 
 def test_the_reported_output_error_is_that_of_the_hidden_states(tiny: Tiny, tmp_path: Path) -> None:
-    """Of the calibration text, by whole models: the streams that calibrated are left out of it."""
     source, text = tiny(), write_words(tmp_path / "words.txt")
     report = convert(source, tmp_path / "packed", quick_recipe(), text=text)
     ids = [1] + [int(word[1:]) for word in text.read_text().split()] + [2]
