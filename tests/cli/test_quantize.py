@@ -141,11 +141,9 @@ def test_threads_and_backend_reach_the_encoder(
 ) -> None:
     seen: list[Any] = []
 
-    genuine = encode_matrices
-
     def watched(*arguments: Any) -> Any:
         seen.extend(argument for argument in arguments if isinstance(argument, EncodeOptions))
-        return genuine(*arguments)
+        return encode_matrices(*arguments)
 
     monkeypatch.setattr("ernieq.convert.job.encode_matrices", watched)
     done(quantize(source, tmp_path / "packed", "--threads", "2", "--backend", "scalar"))

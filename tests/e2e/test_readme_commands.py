@@ -21,7 +21,7 @@ from tests.convert.conversions import write_words
 from tests.test_readme import readme_commands
 from tests.tiny import write_tiny
 
-THREADS = 2
+THREADS = 1  # two would wait for each other on a machine that is busy with other tests
 # Appended to the README's commands, which stay as they are, so that they take seconds.
 _SAMPLE = ["--windows", "4", "--window", "256"]
 _QUICK = {
@@ -38,6 +38,8 @@ def prepared(arguments: list[str], place: Path) -> list[str]:
     extra = list(_QUICK.get(arguments[0], []))
     if "--hessians" in arguments:
         extra = extra[:2]  # the sample was drawn when they were collected
+    if arguments[0] not in ("inspect", "verify"):
+        extra += ["--threads", str(THREADS)]
     if HUB_ID in arguments:
         extra += ["--text", str(place / "words.txt"), "--window", "32"]
     return [str(place / "hub") if word == HUB_ID else word for word in arguments] + extra
@@ -56,7 +58,12 @@ def test_every_command_of_the_readme_runs_in_its_order(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(THREADS),
+                "PYTHONWARNINGS": "ignore",
+            },
         )
         assert finished.returncode == 0, f"ernieq {' '.join(arguments)}: {finished.stderr}"
         assert finished.stdout.strip(), f"ernieq {' '.join(arguments)} prints nothing"
