@@ -146,8 +146,12 @@ def test_every_direct_requirement_is_pinned() -> None:
 
 
 def test_a_wheel_puts_the_calibration_texts_where_they_are_looked_for() -> None:
-    packages = pyproject()["tool"]["scikit-build"]["wheel"]["packages"]
-    assert packages == {"ernieq": "ernieq", "ernieq/data/calib": "calib"}
+    rules = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert "install(DIRECTORY calib/ DESTINATION ernieq/data/calib)" in rules
+
+
+def test_an_editable_install_looks_for_modules_in_no_folder_but_the_package() -> None:
+    assert {Path(place).name for place in ernieq.__path__} == {"ernieq"}
 
 
 @pytest.mark.parametrize("path", [".ci/run"])

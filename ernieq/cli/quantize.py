@@ -86,7 +86,11 @@ def _part_options(function: Any) -> Any:
 )
 @click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.")
-@click.option("--state-bits", type=int, help="Length of the code's state: 16, or 10 to 14 for a quick try.")
+@click.option(
+    "--state-bits",
+    type=int,
+    help="Length of the code's state: 16, or 12 to 14 for a quick try (10 if no part has 6 bits).",
+)
 @click.option(
     "--fast", is_flag=True, help="Shorten the first search pass: a quarter less search time, 1.5 % more error."
 )
