@@ -42,7 +42,7 @@ bench: install  ## run the benchmarks with their defaults
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove all that make has made
-	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
 
 install: $(VENV)/.installed  ## make .venv with the pinned tools and this package (editable)
 
