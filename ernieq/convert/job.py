@@ -114,6 +114,7 @@ class Conversion:
         )
         self._listener = listener or Listener()
         self.plan = make_plan(checkpoint, recipe)
+        self._coverage = self._planned_coverage()
 
     def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
         """Convert.
@@ -231,17 +232,15 @@ class Conversion:
         return result[module].decoded
 
     def _keep_rest(self, writer: PackedWriter) -> None:
-        unknown = set(self._checkpoint.audit().unknown)
-        for name in self._checkpoint.names():
-            if name.removesuffix(".weight") in self.plan.modules:
-                continue
+        carried = set(self._coverage.carried)
+        for name in sorted((*self._coverage.kept, *carried)):
             info = self._checkpoint.info(name)
             raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
-            writer.add_tensor(name, raw, carried=name in unknown)
+            writer.add_tensor(name, raw, carried=name in carried)
             del raw
             self._checkpoint.release()
 
-    def _coverage(self) -> Coverage:
+    def _planned_coverage(self) -> Coverage:
         """What must have become of every source tensor, from the source's own list of names."""
         unknown = set(self._checkpoint.audit().unknown)
         quantized = {f"{module}.weight" for module in self.plan.modules}
@@ -263,7 +262,7 @@ class Conversion:
             recipe=self._recipe.to_dict(),
             seed=self._recipe.seed,
             calibration=report.calibration,
-            coverage=self._coverage(),
+            coverage=self._coverage,
             report={
                 "seconds": round(seconds, 1),
                 "proxy_errors": {name: float(np.float32(error)) for name, error in report.errors.items()},

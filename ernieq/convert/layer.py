@@ -25,7 +25,7 @@ from ernieq.calibrate import (
     shrunk_gram,
 )
 from ernieq.convert.recipe import KEEP, Part, Recipe
-from ernieq.encode import EncodeOptions, encode_matrices, input_signs
+from ernieq.encode import EncodeOptions, EncodingResult, encode_matrices, input_signs
 from ernieq.model import DecoderLayer, ModelConfig
 from ernieq.trellis import EncodedMatrix, TrellisCode
 
@@ -93,7 +93,6 @@ class LayerQuantizer:
             streams: hidden states before the layer; afterwards, behind it.
             rotary: cosine and sine of all positions of a window.
         """
-        self._prefix = f"model.layers.{index}."
         self._report = LayerReport(index)
         self._reference = reference
         self._quantized = copy.deepcopy(reference)
@@ -175,25 +174,62 @@ class LayerQuantizer:
                 name: self._weight(name) if corrector is None else self._weight(name) @ corrector
                 for name in names
             }
-        by_bits: dict[int, dict[str, Tensor]] = {}
-        for name in names:
-            bits = self._recipe.bits_of(self._prefix + name, part)
-            if bits != KEEP:
-                by_bits.setdefault(bits, {})[name] = weights[name]
-        signs = input_signs(self._recipe.seed, self._prefix + group, gram.shape[0])
-        for bits, chosen in by_bits.items():
-            code = TrellisCode(bits, self._recipe.encode.state_bits)
-            results = encode_matrices(chosen, gram, signs, code, self._options, self._on_weights)
-            for name, result in results.items():
-                self._sink.add_encoded(self._prefix + name, result.encoded)
-                self._report.errors[name] = result.proxy_error
-                _linear(self._quantized, name).weight.data = result.decoded
+        chosen = {name: weights[name] for name in names}
+        for name, result in encode_group(
+            self._report, chosen, part, group, gram, self._recipe, self._options, self._sink, self._on_weights
+        ).items():
+            linear_of(self._quantized, name).weight.data = result.decoded
 
     def _weight(self, name: str) -> Tensor:
-        return _linear(self._reference, name).weight.data
+        return linear_of(self._reference, name).weight.data
 
 
-def _linear(layer: DecoderLayer, name: str) -> nn.Linear:
+def encode_group(
+    report: LayerReport,
+    weights: Mapping[str, Tensor],
+    part: Part,
+    group: str,
+    gram: Tensor,
+    recipe: Recipe,
+    options: EncodeOptions,
+    sink: Sink,
+    on_weights: Callable[[int], None] | None,
+) -> dict[str, EncodingResult]:
+    """Encode the matrices that read one input, those of equal bits together, and hand them to the sink.
+
+    Args:
+        report: of the layer; receives the proxy errors.
+        weights: name within the layer -> (out_features, in_features) float32.
+        part: part of the model that the matrices belong to.
+        group: name of their input within the layer, which decides the signs of the rotation.
+        gram: (in_features, in_features) float32, mean of x x^T.
+        recipe: bits and seed.
+        options: how matrices are encoded.
+        sink: receives the encoded matrices.
+        on_weights: called with the number of weights encoded since the last call.
+
+    Returns:
+        Name -> result, without the matrices that the recipe keeps.
+    """
+    prefix = f"model.layers.{report.index}."
+    by_bits: dict[int, dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        bits = recipe.bits_of(prefix + name, part)
+        if bits != KEEP:
+            by_bits.setdefault(bits, {})[name] = weight
+    signs = input_signs(recipe.seed, prefix + group, gram.shape[0])
+    encoded: dict[str, EncodingResult] = {}
+    for bits, alike in by_bits.items():
+        code = TrellisCode(bits, recipe.encode.state_bits)
+        encoded |= encode_matrices(alike, gram, signs, code, options, on_weights)
+    for name, result in encoded.items():
+        sink.add_encoded(prefix + name, result.encoded)
+        report.errors[name] = result.proxy_error
+    return encoded
+
+
+def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
+    """The plain linear of that name within a layer."""
     module = layer.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module

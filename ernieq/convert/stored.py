@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernieq.calibrate import (
     ATTENTION_CONTEXT,
@@ -21,13 +21,12 @@ from ernieq.calibrate import (
     LayerStatistics,
     hidden_of,
 )
-from ernieq.convert.layer import LayerReport, Sink
+from ernieq.convert.layer import LayerReport, Sink, encode_group, linear_of
 from ernieq.convert.recipe import KEEP, Part, Recipe
-from ernieq.encode import EncodeOptions, encode_matrices, input_signs
+from ernieq.encode import EncodeOptions
 from ernieq.errors import CheckpointError, StorageError
 from ernieq.model import DecoderLayer, ModelConfig
 from ernieq.pack import CalibrationRecord
-from ernieq.trellis import TrellisCode
 
 SUMMARY_NAME = "calibration.json"
 
@@ -83,25 +82,15 @@ def quantize_layer_from(
         CheckpointError: a Hessian is missing or has another width.
     """
     report = LayerReport(index)
-    prefix = f"model.layers.{index}."
     for group in layer_groups(config, index):
-        by_bits: dict[int, dict[str, Tensor]] = {}
-        for name in group.names:
-            module = layer.get_submodule(name)
-            assert isinstance(module, nn.Linear)
-            bits = recipe.bits_of(prefix + name, group.part)
-            if bits != KEEP:
-                by_bits.setdefault(bits, {})[name] = module.weight.data
-        for bits, weights in by_bits.items():
-            width = next(iter(weights.values())).shape[1]
-            gram = grams.get(group.gram)
-            if gram is None or gram.shape != (width, width):
-                raise CheckpointError(f"the Hessians of layer {index} hold no {group.gram} of width {width}")
-            signs = input_signs(recipe.seed, prefix + group.signs, width)
-            code = TrellisCode(bits, recipe.encode.state_bits)
-            for name, result in encode_matrices(weights, gram, signs, code, options, on_weights).items():
-                sink.add_encoded(prefix + name, result.encoded)
-                report.errors[name] = result.proxy_error
+        weights = {name: linear_of(layer, name).weight.data for name in group.names}
+        if all(recipe.bits_of(f"model.layers.{index}.{name}", group.part) == KEEP for name in weights):
+            continue
+        width = next(iter(weights.values())).shape[1]
+        gram = grams.get(group.gram)
+        if gram is None or gram.shape != (width, width):
+            raise CheckpointError(f"the Hessians of layer {index} hold no {group.gram} of width {width}")
+        encode_group(report, weights, group.part, group.signs, gram, recipe, options, sink, on_weights)
     return report
 
 
