@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def rotate(
     """Rotate rows: ``R x = H (signs * x)``, blockwise.
 
     Args:
-        x: (..., n) float32, on the CPU.
-        signs: (n,) int8 or float32, each +1 or -1.
+        x: (..., n) float32, on the CPU or a GPU.
+        signs: (n,) int8 or float32, each +1 or -1, on the same device.
         block: side of the Hadamard blocks, a power of two that divides n.
         backend: the reference, or any C++ path (they are one: the compiler vectorises it).
         threads: threads of the compiled path; all processors by default.
@@ -51,6 +53,8 @@ def _apply(
         raise ShapeError(f"rotation block {block} is not a power of two that divides {width}")
     if signs.shape != (width,):
         raise ShapeError(f"signs have shape {tuple(signs.shape)}; expected ({width},)")
+    if x.is_cuda:
+        return _apply_on_gpu(x, signs, block, inverse)
     backend = resolve_backend(backend)
     if backend is Backend.REFERENCE:
         return (reference.unrotate if inverse else reference.rotate)(x, signs, block)
@@ -68,3 +72,21 @@ def _apply(
         threads or default_threads(),
     )
     return output.view(x.shape)
+
+
+def _apply_on_gpu(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor:
+    """One product with the explicit matrix: a GPU's memory is what bounds it, not the multiplications."""
+    matrix = _float32_matrix(block, x.device)
+    blocks = (x if inverse else x * signs).unflatten(-1, (-1, block))  # (..., n / block, block)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        rotated = (blocks @ matrix).flatten(-2)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return rotated * signs if inverse else rotated
+
+
+@lru_cache(maxsize=16)
+def _float32_matrix(block: int, device: torch.device) -> Tensor:
+    return reference.hadamard_matrix(block).float().to(device)

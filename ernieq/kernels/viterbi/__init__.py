@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ernieq.errors import NonFiniteError, ShapeError, UsageError
 from ernieq.kernels.backend import Backend, default_threads, resolve_backend
@@ -43,10 +45,7 @@ def encode_tiles(
         UsageError: first_pass_steps is odd or out of range.
         BackendUnavailableError: the backend can't run here.
     """
-    if targets.ndim != 2 or targets.shape[1] != TILE_WEIGHTS:
-        raise ShapeError(f"targets have shape {targets.shape}; expected (tiles, {TILE_WEIGHTS})")
-    if not 2 <= first_pass_steps <= TILE_WEIGHTS or first_pass_steps % 2:
-        raise UsageError(f"first_pass_steps is {first_pass_steps}; it must be even, 2 to {TILE_WEIGHTS}")
+    _check(targets.shape, first_pass_steps)
     if not np.isfinite(targets).all():
         raise NonFiniteError("the targets of the trellis search contain NaN or infinite numbers")
     limit = np.float32(reference.TARGET_LIMIT)
@@ -68,3 +67,47 @@ def encode_tiles(
         threads=threads or default_threads(),
     )
     return symbols
+
+
+def search_tiles(
+    targets: Tensor,
+    code: TrellisCode,
+    *,
+    first_pass_steps: int = FULL_FIRST_PASS,
+    backend: Backend = Backend.AUTO,
+    threads: int | None = None,
+) -> Tensor:
+    """``encode_tiles`` for tensors, on the device that holds them.
+
+    On a GPU the search computes in float16 (``half_reference.py`` is its truth): the symbols differ from a
+    processor's where two paths are nearly equal, and are the same on every GPU.
+
+    Args:
+        targets: (tiles, 256) float32 in value units, on the CPU or a GPU.
+        code: the trellis code.
+        first_pass_steps: as in ``encode_tiles``.
+        backend: implementation on the CPU; a GPU has one.
+        threads: threads on the CPU.
+
+    Returns:
+        (tiles, 256) uint8 symbols, each below 2^K, on the same device.
+
+    Raises:
+        ShapeError, NonFiniteError, UsageError, BackendUnavailableError: as in ``encode_tiles``.
+    """
+    if not targets.is_cuda:
+        symbols = encode_tiles(
+            targets.numpy(), code, first_pass_steps=first_pass_steps, backend=backend, threads=threads
+        )
+        return torch.from_numpy(symbols)
+    from ernieq.kernels.viterbi import cuda
+
+    _check(targets.shape, first_pass_steps)
+    return cuda.encode_tiles(targets, code, first_pass_steps=first_pass_steps)
+
+
+def _check(shape: tuple[int, ...], first_pass_steps: int) -> None:
+    if len(shape) != 2 or shape[1] != TILE_WEIGHTS:
+        raise ShapeError(f"targets have shape {tuple(shape)}; expected (tiles, {TILE_WEIGHTS})")
+    if not 2 <= first_pass_steps <= TILE_WEIGHTS or first_pass_steps % 2:
+        raise UsageError(f"first_pass_steps is {first_pass_steps}; it must be even, 2 to {TILE_WEIGHTS}")

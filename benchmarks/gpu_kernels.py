@@ -1,0 +1,298 @@
+"""Every GPU kernel at the shapes of the 21B model, beside its floors: bytes over bandwidth, operations over rate.
+
+python benchmarks/gpu_kernels.py --out benchmarks/results/gpu_kernels.json
+
+Times are of replayed CUDA graphs, so that launches do not count; inputs rotate so that caches do not help.
+The last lines compare the CUDA C++ product with the same one in Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton_product
+from machine import describe_gpu, describe_machine, write_result
+from torch import Tensor
+
+from ernieq.encode.scales import CODEBOOK_SCALE
+from ernieq.kernels.token_step import cuda as step
+from ernieq.kernels.trellis_matmul import cuda as products
+from ernieq.kernels.viterbi import FULL_FIRST_PASS, SHORT_FIRST_PASS, search_tiles
+from ernieq.trellis import VALUE_RMS, TrellisCode, state_values
+
+HIDDEN, EXPERT, SHARED, EXPERTS, CHOICES, VOCABULARY = 2560, 1536, 3072, 64, 6, 103424
+HEADS, KV_HEADS, HEAD_DIM = 20, 4, 128
+
+
+def graph_seconds(runs: list[Callable[[], Any]], repeats: int = 20) -> float:
+    """Median seconds of one of several equal runs, replayed as one graph."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(runs))
+    return sorted(times)[repeats // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large copy on the GPU."""
+    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda").view(torch.float32)
+    target = torch.empty_like(source)
+    return 2 * 4 * source.numel() / graph_seconds([lambda: torch.add(source, 1, out=target)])
+
+
+def packed(rows: int, columns: int, code: TrellisCode, matrices: int = 1) -> tuple[Tensor, Tensor]:
+    """Random rings as words, and scales."""
+    shape = (matrices, rows // 16, columns // 16, code.units_per_tile // 2)
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
+    return words, torch.full((matrices, rows), 0.02, dtype=torch.float16, device="cuda")
+
+
+def tokens_of(count: int, width: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, width, device="cuda").half(), torch.ones(count, device="cuda")
+
+
+def measure_search(bits: int, state_bits: int, first_pass: int) -> dict[str, Any]:
+    """Squared error and speed of the search on Gaussian tiles."""
+    from ernieq.kernels.viterbi.half_reference import round_targets  # noqa: F401 - the truth of what runs here
+
+    code = TrellisCode(bits, state_bits)
+    tiles = torch.cuda.get_device_properties(0).multi_processor_count * 64 * (1 if state_bits == 16 else 4)
+    generator = torch.Generator("cuda").manual_seed(0)
+    source = torch.randn(tiles, 256, device="cuda", generator=generator)
+    scale = VALUE_RMS / CODEBOOK_SCALE[bits]
+    symbols = search_tiles(source * scale, code, first_pass_steps=first_pass)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+    begin.record()
+    search_tiles(source * scale, code, first_pass_steps=first_pass)
+    end.record()
+    torch.cuda.synchronize()
+    seconds = begin.elapsed_time(end) / 1e3
+    states = torch.zeros_like(symbols, dtype=torch.int64)
+    for back in range(-(-state_bits // bits)):
+        states |= symbols.roll(back, dims=1).long() << (back * bits)
+    table = torch.tensor(state_values(state_bits), device="cuda")
+    values = table[states & (code.states - 1)].double() / scale
+    # Two float16 additions and multiplications, one comparison, one minimum and one selection serve two tiles.
+    branch_instructions = 2.5 * code.states * (FULL_FIRST_PASS + first_pass) / FULL_FIRST_PASS
+    rate = issue_rate()
+    return {
+        "kernel": "viterbi search",
+        "code": str(code),
+        "first_pass_steps": first_pass,
+        "weights": source.numel(),
+        "mse": float((values - source.double()).square().mean()),
+        "weights_per_second": source.numel() / seconds,
+        "floor_weights_per_second": rate / branch_instructions,
+        "share_of_floor": source.numel() / seconds * branch_instructions / rate,
+    }
+
+
+def issue_rate() -> float:
+    """Lane instructions a second at the highest clock: 128 lanes a multiprocessor and cycle."""
+    properties = torch.cuda.get_device_properties(0)
+    return properties.multi_processor_count * 128 * float(describe_gpu()["max_sm_clock_mhz"]) * 1e6
+
+
+def timed(
+    name: str, seconds: float, moved: float, bandwidth: float, weights: float = 0, flops: float = 0
+) -> dict[str, Any]:
+    """One row: time, and the floor that its bytes and decoded weights set."""
+    floor_bytes = moved / bandwidth
+    floor_decode = weights * 7 / issue_rate()  # issue slots of a decoded weight, trellis.cuh
+    return {
+        "kernel": name,
+        "microseconds": seconds * 1e6,
+        "floor_bytes_microseconds": floor_bytes * 1e6,
+        "floor_decode_microseconds": floor_decode * 1e6,
+        "gigaweights_per_second": weights / seconds / 1e9,
+        "gigabytes_per_second": moved / seconds / 1e9,
+        "teraflops": flops / seconds / 1e12,
+    }
+
+
+def measure_products(bandwidth: float) -> list[dict[str, Any]]:
+    """Fused products of one and more tokens, and decoding."""
+    rows = []
+    two, four, six = TrellisCode(2), TrellisCode(4), TrellisCode(6)
+    for code, shape, name in (
+        (four, (3072, HIDDEN), "q, k, v"),
+        (four, (HIDDEN, HIDDEN), "o"),
+        (four, (2 * SHARED, HIDDEN), "shared gate and up"),
+        (four, (HIDDEN, SHARED), "shared down"),
+        (six, (VOCABULARY, HIDDEN), "head"),
+    ):
+        sets = [packed(*shape, code) for _ in range(3 if shape[0] > 10000 else 24)]
+        for tokens in (1, 8):
+            x = tokens_of(tokens, shape[1])
+            runs = [lambda w=w, s=s, x=x, c=code: products.multiply(*x, w[0], s[0], c) for w, s in sets]
+            weights = shape[0] * shape[1]
+            moved = weights * code.bits_per_weight / 8
+            rows.append(
+                timed(f"multiply {name}, {tokens} tokens", graph_seconds(runs), moved, bandwidth, weights)
+            )
+    for code in (two, four):
+        for shape, name in (((2 * EXPERT, HIDDEN), "gate and up"), ((HIDDEN, EXPERT), "down")):
+            words, scale = packed(*shape, code, EXPERTS)
+            shared_input = name != "down"
+            for tokens in (1, 8):
+                x = tokens_of(tokens if shared_input else tokens * CHOICES, shape[1])
+                picks = [
+                    torch.stack([torch.randperm(EXPERTS, device="cuda")[:CHOICES] for _ in range(tokens)]).int()
+                    for _ in range(8)
+                ]
+                runs = [
+                    lambda p=p, x=x, w=words, s=scale, c=code, i=shared_input: products.multiply_selected(
+                        *x, w, s, c, p, i
+                    )
+                    for p in picks
+                ]
+                weights = shape[0] * shape[1] * tokens * CHOICES
+                moved = weights * code.bits_per_weight / 8
+                label = f"{code.bits_per_weight} bits, {name} of {CHOICES} experts, {tokens} tokens"
+                rows.append(timed(label, graph_seconds(runs), moved, bandwidth, weights))
+            for count in (8, 32, 128):
+                x = tokens_of(count * EXPERTS, shape[1])
+                offsets = torch.arange(0, (EXPERTS + 1) * count, count, dtype=torch.int32, device="cuda")
+                run = lambda: products.multiply_grouped(*x, words, scale, code, offsets)  # noqa: B023, E731
+                weights = shape[0] * shape[1] * EXPERTS
+                label = f"{code.bits_per_weight} bits, {name}, grouped, {count} tokens an expert"
+                moved = weights * code.bits_per_weight / 8
+                rows.append(
+                    timed(label, graph_seconds([run], 5), moved, bandwidth, weights, 2 * weights * count)
+                )
+            out = torch.empty(8 * shape[0], shape[1], dtype=torch.float16, device="cuda")
+            run = lambda: products.decode(words[:8].flatten(0, 1), scale[:8].flatten(), code, out=out)  # noqa: B023, E731
+            weights = 8 * shape[0] * shape[1]
+            moved = weights * (code.bits_per_weight / 8 + 2)
+            rows.append(
+                timed(
+                    f"{code.bits_per_weight} bits, decode to float16",
+                    graph_seconds([run]),
+                    moved,
+                    bandwidth,
+                    weights,
+                )
+            )
+    return rows
+
+
+def measure_token_step(bandwidth: float) -> list[dict[str, Any]]:
+    """What lies between the products."""
+    rows = []
+    hidden, delta, normed = (torch.randn(1, HIDDEN, device="cuda") for _ in "abc")
+    experts, weights = torch.randn(CHOICES, HIDDEN, device="cuda"), torch.rand(1, CHOICES, device="cuda")
+    signs = torch.ones(HIDDEN, dtype=torch.int8, device="cuda")
+    norm = torch.ones(HIDDEN, device="cuda")
+    out = step.Rotated(
+        torch.empty(1, HIDDEN, dtype=torch.float16, device="cuda"), torch.empty(1, device="cuda")
+    )
+    run = lambda: step.add_norm_rotate(hidden, delta, experts, weights, norm, 1e-5, signs, 128, out, normed)  # noqa: E731
+    rows.append(timed("add, norm, rotate", graph_seconds([run] * 20), 4 * HIDDEN * 10, bandwidth))
+    router, bias = torch.randn(EXPERTS, HIDDEN, device="cuda"), torch.zeros(EXPERTS, device="cuda")
+    selected = torch.empty(1, CHOICES, dtype=torch.int32, device="cuda")
+    run = lambda: step.route(normed, router, bias, 1e-12, selected, weights)  # noqa: E731
+    rows.append(timed("route", graph_seconds([run] * 20), 4 * HIDDEN * EXPERTS, bandwidth))
+    gate_up = torch.randn(CHOICES, 2 * EXPERT, device="cuda")
+    inner = step.Rotated(
+        torch.empty(CHOICES, EXPERT, dtype=torch.float16, device="cuda"), torch.empty(CHOICES, device="cuda")
+    )
+    run = lambda: step.silu_mul_rotate(gate_up, signs[:EXPERT], 128, inner)  # noqa: E731
+    rows.append(timed("silu, multiply, rotate", graph_seconds([run] * 20), 10 * CHOICES * EXPERT, bandwidth))
+    qkv = torch.randn(1, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device="cuda")
+    angles = torch.zeros(32768, HEAD_DIM // 2, 2, device="cuda")
+    keys, values = (torch.randn(1, KV_HEADS, 32768, HEAD_DIM, device="cuda").half() for _ in "kv")
+    context = torch.empty(1, HEADS * HEAD_DIM, device="cuda")
+    for place in (0, 512, 4096, 32000):
+        for splits in (32, 64, 128):
+            position = torch.tensor([place], dtype=torch.int32, device="cuda")
+            space = torch.empty(step.attend_workspace(1, HEADS, HEAD_DIM, splits), device="cuda")
+            run = lambda: step.attend(qkv, angles, keys, values, position, context, space, splits)  # noqa: B023, E731
+            moved = 2 * 2 * KV_HEADS * HEAD_DIM * (place + 1)
+            rows.append(
+                timed(f"attend, {place + 1} keys, {splits} splits", graph_seconds([run] * 20), moved, bandwidth)
+            )
+    return rows
+
+
+def compare_with_triton(bandwidth: float) -> list[dict[str, Any]]:
+    """One token times the gate and up of an expert at 2 bits, in both languages."""
+    code, shape = TrellisCode(2), (2 * EXPERT * CHOICES, HIDDEN)
+    sets = [packed(*shape, code) for _ in range(16)]
+    x = tokens_of(1, HIDDEN)
+    weights = shape[0] * shape[1]
+    rows = []
+    wanted = products.multiply(*x, sets[0][0][0], sets[0][1][0], code)
+    for warps in (1, 2, 4, 8):
+        for ahead in (2, 4, 8, 16):
+            found = triton_product.multiply(x[0], *sets[0], ahead, warps)
+            error = float((found - wanted[0]).norm() / wanted.norm())
+            assert error < 1e-3, error
+            runs = [
+                lambda w=w, s=s, a=ahead, n=warps: triton_product.multiply(x[0], w, s, a, n) for w, s in sets
+            ]
+            label = f"Triton, {ahead} tiles at a time, {warps} warps"
+            rows.append(timed(label, graph_seconds(runs), weights / 4, bandwidth, weights))
+    runs = [lambda w=w, s=s: products.multiply(*x, w[0], s[0], code) for w, s in sets]
+    return [
+        min(rows, key=lambda row: row["microseconds"]),
+        timed("CUDA C++", graph_seconds(runs), weights / 4, bandwidth, weights),
+    ]
+
+
+def main() -> None:
+    """Measure all, print a line each, write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    searches = [measure_search(bits, 16, FULL_FIRST_PASS) for bits in (2, 3, 4, 5, 6)]
+    searches += [
+        measure_search(2, 16, SHORT_FIRST_PASS),
+        measure_search(2, 14, FULL_FIRST_PASS),
+        measure_search(2, 12, FULL_FIRST_PASS),
+    ]
+    for row in searches:
+        print(
+            f"{row['code']}, first pass {row['first_pass_steps']}: {row['weights_per_second'] / 1e6:.1f} M weights/s, "
+            f"{100 * row['share_of_floor']:.0f} % of the issue floor, mse {row['mse']:.5f}"
+        )
+    rows = measure_products(bandwidth) + measure_token_step(bandwidth)
+    compared = compare_with_triton(bandwidth)
+    for row in rows + compared:
+        print(
+            f"{row['microseconds']:9.2f} us  floors {row['floor_bytes_microseconds']:7.2f} {row['floor_decode_microseconds']:7.2f}  "
+            f"{row['gigabytes_per_second']:6.0f} GB/s {row['gigaweights_per_second']:6.0f} Gw/s {row['teraflops']:5.0f} TF  {row['kernel']}"
+        )
+    if arguments.out:
+        write_result(
+            arguments.out,
+            {
+                "machine": {**describe_machine(), **describe_gpu()},
+                "copy_bytes_per_second": bandwidth,
+                "search": searches,
+                "kernels": rows,
+                "language": compared,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
