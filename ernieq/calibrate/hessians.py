@@ -7,6 +7,7 @@ them is quick and needs no text, but does not see, or correct, the errors of the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +22,14 @@ ATTENTION_INPUT = "self_attn.input"
 ATTENTION_CONTEXT = "self_attn.context"
 MLP_INPUT = "mlp.input"
 EXPERTS_HIDDEN = "mlp.experts.hidden"
+
+ExpertWork = Callable[[Sequence[int]], None]
+
+
+def one_by_one(experts: Sequence[int], work: ExpertWork) -> None:
+    """Work on one expert after the other."""
+    for expert in experts:
+        work([expert])
 
 
 def hidden_of(path: str) -> str:
@@ -50,38 +59,59 @@ def collect_layer(
     streams: Streams,
     rotary: tuple[Tensor, Tensor],
     shrinkage_strength: float,
+    run_experts: Callable[[Sequence[int], ExpertWork], None] = one_by_one,
 ) -> LayerStatistics:
     """Run one unquantized layer over the sample and collect the Hessian of every input.
 
     Args:
         config: the model's configuration.
         index: number of the layer.
-        layer: the layer, widened to float32.
+        layer: the layer, widened to float32, or narrow (``narrow_layer``) on a GPU.
         streams: hidden states before the layer, the same in both streams; afterwards, behind it.
         rotary: cosine and sine of all positions of a window.
         shrinkage_strength: tokens per channel at which an expert's own Hessian counts as much as its layer's.
+        run_experts: calls its second argument with batches of the experts, one by one unless given.
+
+    Returns:
+        Statistics in the processor's memory.
     """
     attention = AttentionPass(layer, layer, streams, rotary)
-    statistics = LayerStatistics({ATTENTION_INPUT: attention.input_moments().mean_gram()}, [], [])
-    statistics.grams[ATTENTION_CONTEXT] = attention.context_moments().mean_gram()
+    statistics = LayerStatistics({ATTENTION_INPUT: attention.input_moments().mean_gram().cpu()}, [], [])
+    statistics.grams[ATTENTION_CONTEXT] = attention.context_moments().mean_gram().cpu()
     attention.advance()
     mlp = MlpPass(layer, layer, streams)
-    inputs = mlp.input_moments()
-    statistics.grams[MLP_INPUT] = inputs.mean_gram()
+    inputs = mlp.input_moments().mean_gram()
+    statistics.grams[MLP_INPUT] = inputs.cpu()
     path: str | None = "mlp"
     if config.is_moe_layer(index):
         path = "mlp.shared_experts" if config.moe_num_shared_experts else None
-        for expert in range(config.moe_num_experts):
-            own = mlp.expert_input_moments(expert)
-            statistics.expert_tokens.append(own.tokens)
-            statistics.expert_trust.append(shrinkage(own.effective_tokens, own.width, shrinkage_strength))
-            gram = shrunk_gram(own, inputs.mean_gram(), shrinkage_strength)
-            statistics.grams[f"mlp.experts.{expert}.input"] = gram
-            down, prior = mlp.expert_down_moments(expert)
-            gram = shrunk_gram(down, prior.mean_gram(), shrinkage_strength)
-            statistics.grams[f"mlp.experts.{expert}.hidden"] = gram
-            mlp.add_expert(expert)
+
+        def collect(experts: Sequence[int]) -> None:
+            _collect_experts(mlp, experts, inputs, shrinkage_strength, statistics)
+
+        run_experts(range(config.moe_num_experts), collect)
     if path is not None:
-        statistics.grams[hidden_of(path)] = mlp.down_moments(path).mean_gram()
+        statistics.grams[hidden_of(path)] = mlp.down_moments(path).mean_gram().cpu()
     mlp.advance(path)
     return statistics
+
+
+def _collect_experts(
+    mlp: MlpPass, experts: Sequence[int], layer: Tensor, strength: float, statistics: LayerStatistics
+) -> None:
+    """Collect a batch of experts; nothing is noted before all of them are done."""
+    own = mlp.experts_input_moments(experts)
+    inputs = [shrunk_gram(moments, layer, strength).cpu() for moments in own]
+    trust = [float(shrinkage(moments.effective_tokens, moments.width, strength)) for moments in own]
+    tokens = [moments.tokens for moments in own]
+    del own
+    hidden = [
+        shrunk_gram(moments, prior.mean_gram(), strength).cpu()
+        for moments, prior in mlp.experts_down_moments(experts)
+    ]
+    mlp.add_experts(experts)
+    statistics.expert_tokens += tokens
+    statistics.expert_trust += trust
+    for place, expert in enumerate(experts):
+        statistics.grams[f"mlp.experts.{expert}.input"] = inputs[place]
+        statistics.grams[f"mlp.experts.{expert}.hidden"] = hidden[place]

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ernieq.calibrate.moments import Moments
+from ernieq.calibrate.precision import calibrating
+from ernieq.calibrate.routed import CHUNK_TOKENS, RoutedTokens
 from ernieq.calibrate.streams import Streams
 from ernieq.model import DecoderLayer, Mlp
 
 # Tokens of the whole layer that every expert is shown, so that one that was hardly chosen still has a Hessian
 # of its own hidden units to lean on. At least twice the width is taken.
 PRIOR_TOKENS = 4096
-CHUNK_TOKENS = 8192
+
+# Streams that stay in the processor's memory are shown to a batch of experts this many tokens at a time.
+SEGMENT_TOKENS = 16384
 
 
 class MlpPass:
     """Runs the feed-forward part of one layer over both streams.
 
-    The order is: ``input_moments``; then for every expert ``expert_input_moments``, once its gate and up are
-    replaced ``expert_down_moments``, and once its down is replaced ``add_expert``; then, once gate and up of
-    the dense or shared part are replaced, ``down_moments``; and ``advance``.
+    The order is: ``input_moments``; then for every batch of experts ``experts_input_moments``, once their gates
+    and ups are replaced ``experts_down_moments``, and once their downs are replaced ``add_experts``; then, once
+    gate and up of the dense or shared part are replaced, ``down_moments``; and ``advance``.
 
     Args:
-        reference: the layer with its bf16 weights, widened.
+        reference: the layer with its bf16 weights, widened, or narrow (``narrow_layer``) on a GPU.
         quantized: the same layer; its projections are replaced by decoded ones while the pass goes on.
         streams: hidden states before the feed-forward part; ``advance`` moves them behind it.
     """
@@ -33,112 +39,163 @@ class MlpPass:
         self._quantized = quantized
         self._streams = streams
         self._norm = reference.post_attention_layernorm
-        self._selected: Tensor | None = None
-        self._weights: Tensor | None = None
-        self._active: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._next = Streams(streams.reference.clone(), streams.quantized.clone())
+        self._routed: RoutedTokens | None = None
+        self._active: dict[int, list[Tensor]] = {}
+        self._spread: tuple[Tensor, Tensor] | None = None
+        self._next = streams.clone()
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self._streams.device
+
+    @calibrating
     def input_moments(self) -> Moments:
         """Moments of the input of gate and up over all tokens; experts are routed on the way."""
         streams, width = self._streams, self._streams.shape[2]
-        moments = Moments(width, residual_rows=width)
+        moments = self._moments(width, width)
         selected, weights = [], []
         for batch in streams.batches():
-            inputs = self._norm(streams.quantized[batch].float()).reshape(-1, width)
-            wanted = self._norm(streams.reference[batch].float()).reshape(-1, width)
+            inputs = self._norm(streams.load(streams.quantized, batch).float()).reshape(-1, width)
+            wanted = self._norm(streams.load(streams.reference, batch).float()).reshape(-1, width)
             moments.add(inputs, residuals=wanted - inputs)
-            self._next.reference[batch] += (
-                self._reference.mlp(wanted).view_as(streams.reference[batch]).to(streams.reference.dtype)
-            )
+            output = self._reference.mlp(wanted).view_as(streams.reference[batch])
+            self._next.add(self._next.reference, batch, output)
             if self._reference.is_moe:
                 routing = self._quantized.mlp.route(inputs)
                 selected.append(routing.selected)
                 weights.append(routing.weights)
         if selected:
-            self._selected, self._weights = torch.cat(selected), torch.cat(weights)
+            tokens = streams.shape[0] * streams.shape[1]
+            segment = tokens if streams.resident else SEGMENT_TOKENS
+            experts = len(self._reference.mlp.experts)
+            self._routed = RoutedTokens(torch.cat(selected), torch.cat(weights), experts, segment)
         return moments
 
-    @torch.no_grad()
     def expert_input_moments(self, expert: int) -> Moments:
-        """Moments of the input of an expert's gate and up, over its routed tokens, weighted by p squared."""
-        moments = Moments(self._streams.shape[2])
-        for tokens, weights in self._routed(expert):
-            inputs = self._norm(self._streams.rows(self._streams.quantized, tokens))
-            moments.add(inputs, weights.square())
-        return moments
+        """``experts_input_moments`` of one expert."""
+        return self.experts_input_moments([expert])[0]
 
-    @torch.no_grad()
+    @calibrating
+    def experts_input_moments(self, experts: Sequence[int]) -> list[Moments]:
+        """Moments of the input of each expert's gate and up, over its routed tokens, weighted by p squared."""
+        routed, found = self._routing(), [self._moments(self._streams.shape[2]) for _ in experts]
+        for number, segment in enumerate(routed.segments):
+            rows = self._segment(self._streams.quantized, segment)
+            for expert, moments in zip(experts, found, strict=True):
+                for tokens, weights in routed.chunks(expert, number):
+                    moments.add(self._norm(rows[tokens].float()), weights.square())
+        return found
+
     def expert_down_moments(self, expert: int) -> tuple[Moments, Moments]:
-        """Moments of the input of an expert's down: over its routed tokens, and over tokens of the whole layer.
+        """``experts_down_moments`` of one expert."""
+        return self.experts_down_moments([expert])[0]
 
-        The activations of the routed tokens are kept for ``add_expert``.
+    @calibrating
+    def experts_down_moments(self, experts: Sequence[int]) -> list[tuple[Moments, Moments]]:
+        """Moments of the input of each expert's down: over its routed tokens, and over the whole layer's.
+
+        On a processor the activations of the routed tokens are kept for ``add_experts``; a GPU has less memory
+        and repeats them at once.
         """
-        width, hidden = self._reference.mlp.experts[expert].down_proj.in_features, self._streams.shape[2]
-        own, prior = Moments(width, residual_rows=hidden), Moments(width, residual_rows=hidden)
-        self._active = []
-        for tokens, weights in self._routed(expert):
-            active, residual = self._activations(expert, tokens)
-            own.add(active, weights.square(), residual)
-            self._active.append((tokens, weights, active))
-        for tokens in self._spread_tokens(max(PRIOR_TOKENS, 2 * width)).split(CHUNK_TOKENS):
-            active, residual = self._activations(expert, tokens)
-            prior.add(active, residuals=residual)
-        return own, prior
+        routed, hidden = self._routing(), self._streams.shape[2]
+        width = self._reference.mlp.experts[experts[0]].down_proj.in_features
+        found = [(self._moments(width, hidden), self._moments(width, hidden)) for _ in experts]
+        self._active = {expert: [] for expert in experts}
+        for number, segment in enumerate(routed.segments):
+            coded = self._segment(self._streams.quantized, segment)
+            plain = self._segment(self._streams.reference, segment)
+            for expert, (own, _) in zip(experts, found, strict=True):
+                for tokens, weights in routed.chunks(expert, number):
+                    inputs, wanted = (self._norm(rows[tokens].float()) for rows in (coded, plain))
+                    active, residual = self._activations(expert, inputs, wanted)
+                    own.add(active, weights.square(), residual)
+                    if self.device.type == "cpu":
+                        self._active[expert].append(active)
+        for expert, (_, prior) in zip(experts, found, strict=True):
+            spread = (rows.split(CHUNK_TOKENS) for rows in self._spread_inputs(max(PRIOR_TOKENS, 2 * width)))
+            for inputs, wanted in zip(*spread, strict=True):
+                active, residual = self._activations(expert, inputs, wanted)
+                prior.add(active, residuals=residual)
+        return found
 
-    @torch.no_grad()
     def add_expert(self, expert: int) -> None:
-        """Add the output of an expert, whose down is now replaced too, to the next hidden states."""
-        down = self._quantized.mlp.experts[expert].down_proj
-        target = self._next.quantized.view(-1, self._streams.shape[2])
-        for tokens, weights, active in self._active:
-            target.index_add_(0, tokens, (down(active) * weights[:, None]).to(target.dtype))
-        self._active = []
+        """``add_experts`` of one expert."""
+        self.add_experts([expert])
 
-    @torch.no_grad()
+    @calibrating
+    def add_experts(self, experts: Sequence[int]) -> None:
+        """Add the outputs of experts, whose downs are now replaced too, to the next hidden states."""
+        routed = self._routing()
+        for number, segment in enumerate(routed.segments):
+            target = self._segment(self._next.quantized, segment)
+            rows = self._segment(self._streams.quantized, segment)
+            for expert in experts:
+                coded, kept = self._quantized.mlp.experts[expert], iter(self._active.get(expert, ()))
+                for tokens, weights in routed.chunks(expert, number):
+                    active = next(kept, None)
+                    if active is None:
+                        active = _activation(coded, self._norm(rows[tokens].float()))
+                    output = coded.down_proj(active) * weights[:, None]
+                    target.index_add_(0, tokens, output.to(target.dtype))
+            if not self._next.resident:
+                self._next.store(self._next.quantized.view(-1, target.shape[1]), segment, target)
+        self._active = {}
+
+    @calibrating
     def down_moments(self, path: str) -> Moments:
         """Moments of the input of the dense or shared down; the residual is all that the stream still lacks."""
         plain, coded = _mlp(self._reference, path), _mlp(self._quantized, path)
         width, hidden = plain.down_proj.in_features, self._streams.shape[2]
-        moments = Moments(width, residual_rows=hidden)
+        moments, ahead = self._moments(width, hidden), self._next
         for batch in self._streams.batches():
-            inputs = self._norm(self._streams.quantized[batch].float()).reshape(-1, hidden)
-            active = _activation(coded, inputs)
-            lacking = self._next.reference[batch].float() - self._next.quantized[batch].float()
+            rows = self._streams.load(self._streams.quantized, batch)
+            active = _activation(coded, self._norm(rows.float()).reshape(-1, hidden))
+            lacking = ahead.load(ahead.reference, batch).float() - ahead.load(ahead.quantized, batch).float()
             moments.add(active, residuals=lacking.reshape(-1, hidden) - plain.down_proj(active))
         return moments
 
-    @torch.no_grad()
+    @calibrating
     def advance(self, path: str | None) -> None:
         """Add the dense or shared part, if there is one, and move the streams behind the layer."""
-        hidden = self._streams.shape[2]
+        streams, hidden = self._streams, self._streams.shape[2]
         if path is not None:
             coded = _mlp(self._quantized, path)
-            for batch in self._streams.batches():
-                inputs = self._norm(self._streams.quantized[batch].float()).reshape(-1, hidden)
-                target = self._next.quantized[batch]
-                target += coded(inputs).view_as(target).to(target.dtype)
-        self._streams.reference.copy_(self._next.reference)
-        self._streams.quantized.copy_(self._next.quantized)
+            for batch in streams.batches():
+                rows = streams.load(streams.quantized, batch)
+                output = coded(self._norm(rows.float()).reshape(-1, hidden))
+                self._next.add(self._next.quantized, batch, output.view_as(rows))
+        self._next.wait()
+        streams.reference, streams.quantized = self._next.reference, self._next.quantized
 
-    def _routed(self, expert: int) -> list[tuple[Tensor, Tensor]]:
-        """Flat indices of the tokens routed to an expert, and their routing weights, in chunks."""
-        assert self._selected is not None
-        assert self._weights is not None
-        tokens, choice = (self._selected == expert).nonzero(as_tuple=True)
-        weights = self._weights[tokens, choice]
-        return list(zip(tokens.split(CHUNK_TOKENS), weights.split(CHUNK_TOKENS), strict=True))
+    def _moments(self, width: int, residual_rows: int = 0) -> Moments:
+        return Moments(width, residual_rows, self.device)
 
-    def _spread_tokens(self, count: int) -> Tensor:
-        total = self._streams.shape[0] * self._streams.shape[1]
-        return torch.arange(0, total, max(1, total // count))
+    def _routing(self) -> RoutedTokens:
+        assert self._routed is not None
+        return self._routed
 
-    def _activations(self, expert: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _segment(self, stream: Tensor, segment: slice) -> Tensor:
+        """Tokens of a stream on the device that computes, (tokens, hidden_size); no copy if they lie there."""
+        return self._streams.load(stream.view(-1, self._streams.shape[2]), segment)
+
+    def _spread_inputs(self, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs of the experts, quantized and reference, at tokens of the whole layer."""
+        if self._spread is None:
+            streams = self._streams
+            total = streams.shape[0] * streams.shape[1]
+            index = torch.arange(0, total, max(1, total // count), device=streams.reference.device)
+            self._spread = (
+                self._norm(streams.rows(streams.quantized, index)),
+                self._norm(streams.rows(streams.reference, index)),
+            )
+        return self._spread
+
+    def _activations(self, expert: int, inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Input of the expert's down, and what the bf16 model's output has beyond the bf16 weight's on it."""
         plain, coded = self._reference.mlp.experts[expert], self._quantized.mlp.experts[expert]
-        active = _activation(coded, self._norm(self._streams.rows(self._streams.quantized, tokens)))
-        wanted = _activation(plain, self._norm(self._streams.rows(self._streams.reference, tokens)))
-        return active, (wanted - active) @ plain.down_proj.weight.T
+        active = _activation(coded, inputs)
+        return active, (_activation(plain, wanted) - active) @ plain.down_proj.weight.float().T
 
 
 def _mlp(layer: DecoderLayer, path: str) -> Mlp:

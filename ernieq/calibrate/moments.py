@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# A number that a GPU may not have worked out yet: nobody waits for it before it is needed on the processor.
+Scalar = float | Tensor
+
 
 @dataclass
 class Moments:
@@ -20,48 +23,68 @@ class Moments:
     Args:
         width: in_features of the projection.
         residual_rows: out_features of the residual sum that is kept beside it; 0 for none.
+        device: where the sums are kept; the inputs must lie there.
     """
 
     width: int
     residual_rows: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gram: Tensor = field(init=False)
     residual: Tensor = field(init=False)
-    weight: float = field(init=False, default=0.0)
-    weight_squared: float = field(init=False, default=0.0)
+    weight: Scalar = field(init=False, default=0.0)
+    weight_squared: Scalar = field(init=False, default=0.0)
     tokens: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.gram = torch.zeros(self.width, self.width)
-        self.residual = torch.zeros(self.residual_rows, self.width)
+        self.gram = torch.zeros(self.width, self.width, device=self.device)
+        self.residual = torch.zeros(self.residual_rows, self.width, device=self.device)
 
     def add(self, inputs: Tensor, weights: Tensor | None = None, residuals: Tensor | None = None) -> None:
         """Add tokens: inputs (tokens, width), weights (tokens,) or ones, residuals (tokens, residual_rows)."""
         if inputs.shape[0] == 0:
             return
         weighted = inputs if weights is None else inputs * weights[:, None]
-        self.gram.addmm_(weighted.T, inputs)
+        if weights is not None and self.gram.is_cuda:
+            # TF32 rounds both factors: equal ones keep the sum symmetric and without negative eigenvalues.
+            root = inputs * weights.sqrt()[:, None]
+            self.gram.addmm_(root.T, root)
+        else:
+            self.gram.addmm_(weighted.T, inputs)
         if residuals is not None:
             self.residual.addmm_(residuals.T, weighted)
-        ones = weights is None
-        self.weight += float(inputs.shape[0] if ones else weights.sum())  # type: ignore[union-attr]
-        self.weight_squared += float(inputs.shape[0] if ones else weights.square().sum())  # type: ignore[union-attr]
+        self.weight = self.weight + self._total(inputs, weights)
+        self.weight_squared = self.weight_squared + self._total(
+            inputs, None if weights is None else weights.square()
+        )
         self.tokens += inputs.shape[0]
 
+    def _total(self, inputs: Tensor, weights: Tensor | None) -> Scalar:
+        if weights is None:
+            return float(inputs.shape[0])
+        return weights.sum(dtype=torch.float64) if self.gram.is_cuda else float(weights.sum())
+
     @property
-    def effective_tokens(self) -> float:
+    def effective_tokens(self) -> Scalar:
         """Kish's effective sample size, (sum s)^2 / sum s^2."""
+        if isinstance(self.weight_squared, Tensor):
+            return self.weight**2 / self.weight_squared.clamp(min=torch.finfo(torch.float64).tiny)
         return self.weight**2 / self.weight_squared if self.weight_squared > 0 else 0.0
 
     def mean_gram(self) -> Tensor:
         """H: (width, width), the weighted mean of x x^T; zeros without tokens."""
-        return self.gram / (self.weight or 1.0)
+        return self.gram / self._divisor()
 
     def mean_residual(self) -> Tensor:
         """(residual_rows, width), the weighted mean of r x^T; zeros without tokens."""
-        return self.residual / (self.weight or 1.0)
+        return self.residual / self._divisor()
+
+    def _divisor(self) -> Scalar:
+        if isinstance(self.weight, Tensor):
+            return torch.where(self.weight > 0, self.weight, 1.0)
+        return self.weight or 1.0
 
 
-def shrinkage(effective_tokens: float, width: int, strength: float) -> float:
+def shrinkage(effective_tokens: Scalar, width: int, strength: float) -> Scalar:
     """Trust in an expert's own Hessian: n / (n + strength * width), 0 to 1."""
     return effective_tokens / (effective_tokens + strength * width)
 
@@ -97,10 +120,10 @@ def corrected_weight(weight: Tensor, gram: Tensor, residual: Tensor, damping: fl
     Returns:
         (out_features, in_features) float32.
     """
-    wide = gram.double()
-    mean = wide.diagonal().mean()
-    if mean <= 0:
-        return weight
-    ridge = wide + damping * mean * torch.eye(wide.shape[0], dtype=wide.dtype)
-    change: Tensor = torch.linalg.solve(ridge, residual.double().T).T
-    return weight + change.float()
+    ridge = gram.double()
+    mean = ridge.diagonal().mean()
+    ridge.diagonal().add_(damping * mean)
+    # solve_ex does not look whether it succeeded, for which a GPU would have to be waited for. With any damping
+    # it fails for a Hessian of zeros alone, which corrects nothing.
+    change: Tensor = torch.linalg.solve_ex(ridge, residual.double().T).result.T
+    return weight + torch.where(mean > 0, change, 0.0).float()

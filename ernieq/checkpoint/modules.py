@@ -26,8 +26,10 @@ _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 _ROUTER_ROLES = (ParameterRole.ROUTER, ParameterRole.ROUTER_BIAS)
 
 
-def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype = torch.float32) -> DecoderLayer:
+def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None = torch.float32) -> DecoderLayer:
     """Decoder layer ``index``; its router stays float32 whatever ``dtype`` is.
+
+    With None for ``dtype`` every other tensor keeps the one that it is stored in.
 
     Raises:
         MissingTensorError, ShapeError, NonFiniteError, CheckpointError: as `Checkpoint.parameter`.
@@ -72,7 +74,7 @@ def _fill(
     checkpoint: Checkpoint,
     specs: dict[str, ParameterSpec],
     prefix: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     *,
     tied: bool = False,
 ) -> _ModuleT:
@@ -80,7 +82,8 @@ def _fill(
     state: dict[str, Tensor] = {}
     for name, spec in specs.items():
         stored = _EMBEDDING if tied and name == "lm_head.weight" else name
-        wanted = torch.float32 if spec.role in _ROUTER_ROLES else dtype
+        kept = checkpoint.read(stored).dtype if dtype is None else dtype
+        wanted = torch.float32 if spec.role in _ROUTER_ROLES else kept
         state[name.removeprefix(prefix)] = checkpoint.parameter(stored, spec, wanted)
     module.load_state_dict(state, strict=True, assign=True)
     checkpoint.release()

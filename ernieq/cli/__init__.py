@@ -32,7 +32,13 @@ SECTIONS = (
             CommandEntry("verify", "Check hashes, shapes, scales and coverage."),
         ),
     ),
-    CommandSection("Use", (CommandEntry("generate", "Complete a prompt."),)),
+    CommandSection(
+        "Use",
+        (
+            CommandEntry("generate", "Complete a prompt."),
+            CommandEntry("bench", "Measure the speed of prompts and of what follows them."),
+        ),
+    ),
 )
 
 

@@ -16,16 +16,20 @@ import ernieq
 from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, calibration_texts, resolve_source
 from ernieq.calibrate import LayerStatistics, TextFile, read_text_file
 from ernieq.checkpoint import open_checkpoint
+from ernieq.cli.conversion_device import settle_conversion
 from ernieq.cli.shared import (
+    device_option,
     json_option,
     overwrite_option,
     print_json,
     progress_report,
     seed_option,
     threads_option,
+    vram_option,
 )
 from ernieq.convert import (
     HessianDirectory,
+    Workplace,
     apply_overrides,
     calibration_record,
     collect_statistics,
@@ -57,6 +61,8 @@ def read_texts(paths: Sequence[Path]) -> list[TextFile]:
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @seed_option
 @threads_option
+@device_option
+@vram_option
 @overwrite_option
 @json_option
 def command(
@@ -68,6 +74,8 @@ def command(
     revision: str | None,
     seed: int,
     threads: int,
+    device: torch.device,
+    vram: float | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -87,6 +95,7 @@ def command(
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     raw = {key: value for key, value in (("windows", windows), ("window", window)) if value is not None}
     recipe = apply_overrides(default_recipe(2), {"seed": seed, "calibration": raw}, "options")
+    workplace = Workplace.on(*settle_conversion(device, vram, quiet=as_json))
     checkpoint = open_checkpoint(resolve_source(name), revision=revision)
     sample = draw_sample(checkpoint, read_texts(texts), recipe)
     store = None if out is None else HessianDirectory(out)
@@ -100,7 +109,7 @@ def command(
             layers.append(dataclasses.replace(statistics, grams={}))
             progress.advance()
 
-        collect_statistics(checkpoint, sample, recipe.encode.shrinkage, on_layer)
+        collect_statistics(checkpoint, sample, recipe.encode.shrinkage, on_layer, workplace, progress.describe)
     checkpoint.close()
     summary = {
         "ernieq_version": ernieq.__version__,

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ernieq.bundled import resolve_source
+from ernieq.cli.processor import settle_device
 from ernieq.cli.shared import (
     ProgressReport,
     backend_option,
+    device_option,
     json_option,
     print_json,
     progress_report,
@@ -26,6 +28,8 @@ from ernieq.pack import PackedReader, is_packed
 from ernieq.records import EvaluationRecord, WeightsRecord, to_plain
 
 if TYPE_CHECKING:
+    import torch
+
     from ernieq.load import ModelStream
 
 _DEFAULT_WINDOW = 2048
@@ -75,8 +79,17 @@ class _Plan:
 @seed_option
 @threads_option
 @backend_option
+@device_option
 @json_option
-def command(path: str, base: str | None, threads: int, backend: Backend, as_json: bool, **options: Any) -> None:
+def command(
+    path: str,
+    base: str | None,
+    threads: int,
+    backend: Backend,
+    device: torch.device,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure the perplexity of PATH, a packed or an ordinary checkpoint.
 
     With a base model: also the divergence from it, the ratio of perplexities, and how often both agree. One
@@ -93,11 +106,13 @@ def command(path: str, base: str | None, threads: int, backend: Backend, as_json
     start = time.perf_counter()
     plan = _Plan(**options)
     torch.set_num_threads(threads)
-    stream = open_stream(resolve_source(path), backend=backend, threads=threads)
+    device = settle_device(device, backend, quiet=as_json)
+    torch.set_float32_matmul_precision("highest")  # no TF32: figures of a GPU and of the CPU are to agree
+    stream = open_stream(resolve_source(path), device=device, backend=backend, threads=threads)
     base_source = _base_source(stream, base)
     base_stream = None
     if base_source is not None:
-        base_stream = open_stream(base_source, backend=backend, threads=threads)
+        base_stream = open_stream(base_source, device=device, backend=backend, threads=threads)
     records = _measure(stream, base_stream, plan)
     weights = _weights(stream.weight_bytes())
     base_weights = None if base_stream is None else _weights(base_stream.weight_bytes())
@@ -148,7 +163,7 @@ def _measure(stream: ModelStream, base_stream: ModelStream | None, plan: _Plan) 
                 window=window,
                 max_windows=plan.max_windows,
                 base_stream=base_stream,
-                budget=Budget(batch=plan.batch),
+                budget=Budget.on(stream.device, batch=plan.batch),
                 seed=plan.seed,
                 on_progress=_forward(report, text.name),
             )

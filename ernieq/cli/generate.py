@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ernieq.bundled import resolve_source
-from ernieq.cli.shared import backend_option, seed_option, threads_option
+from ernieq.cli.processor import settle_device
+from ernieq.cli.shared import backend_option, device_option, seed_option, threads_option
 from ernieq.kernels.backend import Backend
 from ernieq.records import format_rate
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("generate")
@@ -35,6 +40,7 @@ from ernieq.records import format_rate
 @seed_option
 @threads_option
 @backend_option
+@device_option
 def command(
     path: str,
     prompt: str,
@@ -45,6 +51,7 @@ def command(
     seed: int,
     threads: int,
     backend: Backend,
+    device: torch.device,
 ) -> None:
     """Complete PROMPT with the model in PATH, a packed or an ordinary checkpoint.
 
@@ -65,7 +72,8 @@ def command(
     directory = Path(resolve_source(path))
     if not directory.exists():
         directory = open_checkpoint(path).directory  # a hub id
-    model = load_model(directory, backend=backend, threads=threads)
+    device = settle_device(device, backend)
+    model = load_model(directory, device=device, backend=backend, threads=threads)
     tokenizer = load_tokenizer(directory)
     times = [time.perf_counter()]
     pieces = generate_text(

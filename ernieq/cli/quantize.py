@@ -16,15 +16,18 @@ from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, resolve_source
 from ernieq.calibrate import TextFile
 from ernieq.checkpoint import open_checkpoint
 from ernieq.cli.calibrate import read_texts
+from ernieq.cli.conversion_device import settle_conversion
 from ernieq.cli.shared import (
     ProgressReport,
     backend_option,
+    device_option,
     json_option,
     overwrite_option,
     print_json,
     progress_report,
     seed_option,
     threads_option,
+    vram_option,
 )
 from ernieq.convert import (
     Conversion,
@@ -99,6 +102,8 @@ def _part_options(function: Any) -> Any:
 @seed_option
 @threads_option
 @backend_option
+@device_option
+@vram_option
 @overwrite_option
 @json_option
 def command(
@@ -112,6 +117,8 @@ def command(
     dry_run: bool,
     threads: int,
     backend: Backend,
+    device: torch.device,
+    vram: float | None,
     overwrite: bool,
     as_json: bool,
     **settings: Any,
@@ -133,12 +140,15 @@ def command(
         options = EncodeOptions(backend=backend, threads=threads)
         listener = _listener(progress, checkpoint.config.num_hidden_layers)
         calibration = _calibration(texts, hessians, settings)
-        conversion = Conversion(checkpoint, name, recipe, calibration, options, listener)
+        device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
+        conversion = Conversion(
+            checkpoint, name, recipe, calibration, options, listener, device=device, vram_bytes=vram_bytes
+        )
         if dry_run:
             check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
             _print_plan(
                 conversion.plan,
-                estimate_seconds(checkpoint.config, conversion.plan, recipe, options),
+                estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device),
                 out,
                 as_json=as_json,
             )

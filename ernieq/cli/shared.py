@@ -34,6 +34,7 @@ from ernieq.kernels.backend import Backend, default_threads
 from ernieq.records import format_rate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_AUTO_DEVICE = "ernieq.auto_device"
 
 
 def threads_option(function: Function) -> Function:
@@ -56,6 +57,40 @@ def backend_option(function: Function) -> Function:
         show_default=True,
         callback=lambda _context, _parameter, name: Backend(name),
         help="Implementation of the kernels; auto takes the fastest that this processor can run.",
+    )(function)
+
+
+def device_option(function: Function) -> Function:
+    """Add ``--device``; the command receives ``device: torch.device``."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda|cuda:N",
+        callback=_resolve_device,
+        help="Processor that does the work; auto takes the GPU if there is one that can.",
+    )(function)
+
+
+def _resolve_device(context: click.Context, _parameter: click.Parameter, name: str) -> Any:
+    from ernieq.kernels.device import resolve_device  # brings torch in: not before it is needed
+
+    context.meta[_AUTO_DEVICE] = name == "auto"
+    return resolve_device(name)
+
+
+def device_was_chosen() -> bool:
+    """Whether ``--device auto`` of the running command chose its device: the user may want to be told."""
+    return bool(click.get_current_context().meta.get(_AUTO_DEVICE))
+
+
+def vram_option(function: Function) -> Function:
+    """Add ``--vram``; the command receives ``vram: float | None``, gigabytes."""
+    return click.option(
+        "--vram",
+        type=click.FloatRange(min=1),
+        metavar="GB",
+        help="GPU memory that may be used.  [default: 90 % of what is free]",
     )(function)
 
 

@@ -2,8 +2,10 @@
 
 from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
 from ernieq.convert.estimate import estimate_seconds
-from ernieq.convert.job import Conversion, ConversionReport, Listener, check_output
-from ernieq.convert.layer import LayerQuantizer, LayerReport
+from ernieq.convert.groups import LayerReport
+from ernieq.convert.job import Conversion, check_output
+from ernieq.convert.layer import LayerQuantizer
+from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.plan import PartPlan, Plan, make_plan
 from ernieq.convert.recipe import (
     KEEP,
@@ -16,6 +18,7 @@ from ernieq.convert.recipe import (
     read_recipe,
 )
 from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.workplace import Workplace
 
 __all__ = [
     "KEEP",
@@ -31,6 +34,7 @@ __all__ = [
     "PartPlan",
     "Plan",
     "Recipe",
+    "Workplace",
     "apply_overrides",
     "calibration_record",
     "check_output",

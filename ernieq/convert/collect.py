@@ -14,11 +14,14 @@ from ernieq.calibrate import (
     Streams,
     TextFile,
     collect_layer,
+    narrow_layer,
     sample_windows,
     stream_dtype,
 )
-from ernieq.checkpoint import Checkpoint, load_embedding, load_layer, load_tokenizer
+from ernieq.checkpoint import Checkpoint, load_embedding, load_tokenizer
+from ernieq.convert.overlap import read_layers
 from ernieq.convert.recipe import Recipe
+from ernieq.convert.workplace import Workplace
 from ernieq.model import Rotary
 from ernieq.pack import CalibrationRecord
 
@@ -48,6 +51,8 @@ def collect_statistics(
     sample: CalibrationSample,
     shrinkage_strength: float,
     on_layer: Callable[[int, LayerStatistics], None],
+    workplace: Workplace | None = None,
+    on_notice: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the sample through the unquantized model, one layer in memory at a time.
 
@@ -56,13 +61,26 @@ def collect_statistics(
         sample: calibration windows.
         shrinkage_strength: tokens per channel at which an expert's own Hessian counts as much as its layer's.
         on_layer: receives every layer's number and statistics; they are not kept.
+        workplace: the device that does the work, the CPU by default.
+        on_notice: receives a sentence when GPU memory has run out and less is done at a time.
+
+    Raises:
+        BackendUnavailableError: the GPU has too little memory.
     """
+    place, config = workplace or Workplace.on(torch.device("cpu")), checkpoint.config
     table = load_embedding(checkpoint).weight.data
     dtype = stream_dtype(sample.tokens, table.shape[1])
     hidden = nn.functional.embedding(sample.windows, table).to(dtype)
-    streams = Streams(hidden, hidden.clone())
-    rotary = Rotary(checkpoint.config).angles(torch.arange(hidden.shape[1]))
-    for index in range(checkpoint.config.num_hidden_layers):
-        layer = load_layer(checkpoint, index)
-        on_layer(index, collect_layer(checkpoint.config, index, layer, streams, rotary, shrinkage_strength))
-        checkpoint.release()
+    del table
+    with place.limited():
+        streams = place.place(Streams(hidden, hidden.clone()))
+        del hidden
+        cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
+        rotary = cosine.to(streams.device), sine.to(streams.device)
+        batches = place.expert_batches(config, sample.tokens, on_notice)
+        for index, layer in enumerate(read_layers(checkpoint, place.device)):
+            if place.is_gpu:
+                narrow_layer(layer, place.device)
+            on_layer(
+                index, collect_layer(config, index, layer, streams, rotary, shrinkage_strength, batches.run)
+            )

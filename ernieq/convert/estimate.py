@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from ernieq.calibrate import float32_products
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
 from ernieq.encode import EncodeOptions
-from ernieq.kernels.viterbi import encode_tiles
+from ernieq.kernels.viterbi import search_tiles
 from ernieq.model import ModelConfig
 from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode
 
-_PROBE_TILES = 32
-_PROBE_SIDE = 512
+# A GPU works on thousands of tiles at once and needs larger products to reach its speed.
+_PROBE_TILES = {"cpu": 32, "cuda": 4096}
+_PROBE_SIDE = {"cpu": 512, "cuda": 4096}
 
 # Passes of a token through the active weights of a layer while it is calibrated: the bf16 stream, its
 # activations on the quantized routing, the quantized stream, its activations for the Hessians.
 _PASSES = 5
 
 
-def estimate_seconds(config: ModelConfig, plan: Plan, recipe: Recipe, options: EncodeOptions) -> float:
+def estimate_seconds(
+    config: ModelConfig,
+    plan: Plan,
+    recipe: Recipe,
+    options: EncodeOptions,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - it can't be changed
+) -> float:
     """Seconds that encoding and calibration will take, from a probe of well under a second.
 
     Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
@@ -31,38 +40,57 @@ def estimate_seconds(config: ModelConfig, plan: Plan, recipe: Recipe, options: E
     for module, bits in plan.modules.items():
         weights_at[bits] = weights_at.get(bits, 0) + plan.module_weights[module]
     encoding = sum(
-        weights / _encode_rate(TrellisCode(bits, recipe.encode.state_bits), options)
+        weights / _encode_rate(TrellisCode(bits, recipe.encode.state_bits), options, device)
         for bits, weights in weights_at.items()
     )
     length = min(recipe.calibration.window, config.max_position_embeddings)
     tokens = recipe.calibration.windows * length
-    return encoding + tokens * _operations_per_token(config, length) / _matmul_rate()
+    return encoding + tokens * _operations_per_token(config, length) / _matmul_rate(device)
 
 
-def _encode_rate(code: TrellisCode, options: EncodeOptions) -> float:
+def _encode_rate(code: TrellisCode, options: EncodeOptions, device: torch.device) -> float:
     """Weights a second of the trellis search."""
-    targets = np.random.default_rng(0).standard_normal((_PROBE_TILES, TILE_WEIGHTS)) * VALUE_RMS
-    wanted = targets.astype(np.float32)
-    encode_tiles(wanted[:2], code, backend=options.backend, threads=options.threads)
-    started = time.perf_counter()
-    encode_tiles(
-        wanted,
-        code,
-        first_pass_steps=options.first_pass_steps,
-        backend=options.backend,
-        threads=options.threads,
-    )
-    return wanted.size / (time.perf_counter() - started)
+    wanted = torch.randn(_PROBE_TILES[device.type], TILE_WEIGHTS, device=device) * VALUE_RMS
+
+    def search(targets: Tensor) -> None:
+        search_tiles(
+            targets,
+            code,
+            first_pass_steps=options.first_pass_steps,
+            backend=options.backend,
+            threads=options.threads,
+        )
+
+    search(wanted[:2])
+    return wanted.numel() / _seconds(lambda: search(wanted), device)
 
 
-def _matmul_rate() -> float:
+def _matmul_rate(device: torch.device) -> float:
     """Multiplications and additions a second of a matrix product of typical size."""
-    left, right = torch.randn(_PROBE_SIDE, _PROBE_SIDE), torch.randn(_PROBE_SIDE, _PROBE_SIDE)
-    left @ right
-    started = time.perf_counter()
-    for _ in range(8):
+    side = _PROBE_SIDE[device.type]
+    left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    with float32_products(device, tensor_cores=True):
         left @ right
-    return 8 * 2 * _PROBE_SIDE**3 / (time.perf_counter() - started)
+
+        def multiply() -> None:
+            for _ in range(8):
+                left @ right
+
+        return 8 * 2 * side**3 / _seconds(multiply, device)
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    """How long some work takes, with all that it leaves to a GPU."""
+    _finish(device)
+    started = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _operations_per_token(config: ModelConfig, length: int) -> float:

@@ -5,62 +5,39 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import ernieq
-from ernieq.calibrate import CalibrationSample, Streams, TextFile, stream_dtype
+from ernieq.calibrate import CalibrationSample, Streams, TextFile, narrow_layer, stream_dtype
 from ernieq.checkpoint import (
     Checkpoint,
     load_embedding,
     load_final_norm,
     load_head,
-    load_layer,
 )
 from ernieq.convert.collect import calibration_record, draw_sample
-from ernieq.convert.layer import LayerQuantizer, LayerReport
+from ernieq.convert.groups import LayerReport
+from ernieq.convert.layer import LayerQuantizer
+from ernieq.convert.listener import ConversionReport, Listener
+from ernieq.convert.overlap import BackgroundSink, Sink, read_layers
 from ernieq.convert.plan import Plan, make_plan
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.stored import HessianDirectory, quantize_layer_from
+from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
 from ernieq.errors import OutputExistsError, StorageError
-from ernieq.model import Rotary
-from ernieq.pack import CalibrationRecord, Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
+from ernieq.model import DecoderLayer, Rotary
+from ernieq.pack import Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
 from ernieq.trellis import TrellisCode
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+CPU = torch.device("cpu")
 _SPARE_DISK_BYTES = 50_000_000
-
-
-@dataclass(frozen=True)
-class Listener:
-    """What a conversion tells while it works.
-
-    Args:
-        on_phase: a sentence when something new begins.
-        on_weights: weights encoded since the last call.
-        on_layer: report of a finished layer.
-    """
-
-    on_phase: Callable[[str], None] = lambda _: None
-    on_weights: Callable[[int], None] = lambda _: None
-    on_layer: Callable[[LayerReport], None] = lambda _: None
-
-
-@dataclass
-class ConversionReport:
-    """What a conversion did."""
-
-    plan: Plan
-    calibration: CalibrationRecord
-    layers: list[LayerReport] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
 
 
 def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
@@ -94,6 +71,12 @@ class Conversion:
         calibration: texts to calibrate on, or the Hessians that were collected before.
         options: how matrices are encoded.
         listener: told what happens.
+        device: the CPU, or the GPU that is to do the work.
+        vram_bytes: GPU memory that may be used; 90 % of what is free by default.
+
+    Raises:
+        CheckpointError, RecipeError: the plan can't be made.
+        BackendUnavailableError: the GPU has less memory free than it is to use.
     """
 
     def __init__(
@@ -104,15 +87,24 @@ class Conversion:
         calibration: Sequence[TextFile] | HessianDirectory,
         options: EncodeOptions,
         listener: Listener | None = None,
+        device: torch.device = CPU,
+        vram_bytes: int | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._source_name = source_name
         self._recipe = recipe
         self._calibration = calibration
-        self._options = dataclasses.replace(
-            options, damping=recipe.encode.damping, first_pass_steps=recipe.encode.first_pass_steps
-        )
         self._listener = listener or Listener()
+        self._workplace = Workplace.on(device, vram_bytes)
+        config, tokens = checkpoint.config, self._streamed_tokens()
+        self._options = dataclasses.replace(
+            options,
+            damping=recipe.encode.damping,
+            first_pass_steps=recipe.encode.first_pass_steps,
+            memory_bytes=self._workplace.encoding_bytes(config, tokens),
+            on_notice=self._listener.on_phase,
+        )
+        self._experts = self._workplace.expert_batches(config, tokens, self._listener.on_phase)
         self.plan = make_plan(checkpoint, recipe)
         self._coverage = self._planned_coverage()
 
@@ -131,13 +123,8 @@ class Conversion:
         check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
-            if isinstance(self._calibration, HessianDirectory):
-                report = ConversionReport(self.plan, self._calibration.record)
-                self._encode_from(self._calibration, writer, report)
-            else:
-                sample = draw_sample(self._checkpoint, self._calibration, self._recipe)
-                report = ConversionReport(self.plan, calibration_record(sample))
-                self._encode_along(sample, writer, report)
+            with self._workplace.limited(), BackgroundSink(writer) as sink:
+                report = self._encode(sink)
             self._keep_rest(writer)
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
@@ -146,72 +133,105 @@ class Conversion:
             writer.finish(self._checkpoint.raw_config, manifest, card=card(report))
         return report
 
-    def _encode_along(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> None:
+    def _encode(self, sink: Sink) -> ConversionReport:
+        if isinstance(self._calibration, HessianDirectory):
+            report = ConversionReport(self.plan, self._calibration.record)
+            self._encode_from(self._calibration, sink, report)
+            return report
+        sample = draw_sample(self._checkpoint, self._calibration, self._recipe)
+        report = ConversionReport(self.plan, calibration_record(sample))
+        self._encode_along(sample, sink, report)
+        return report
+
+    def _encode_along(self, sample: CalibrationSample, sink: Sink, report: ConversionReport) -> None:
         """Encode layer by layer, each calibrated on the output of the quantized ones before it."""
         config = self._checkpoint.config
-        streams = self._embed(sample, writer, report)
-        rotary = Rotary(config).angles(torch.arange(streams.shape[1]))
-        quantizer = LayerQuantizer(config, self._recipe, self._options, writer, self._listener.on_weights)
-        for index in range(config.num_hidden_layers):
-            self._listener.on_phase(f"layer {index}")
-            self._finish_layer(
-                report, quantizer.run(index, load_layer(self._checkpoint, index), streams, rotary)
-            )
+        streams = self._workplace.place(self._embed(sample, sink, report))
+        cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
+        rotary = cosine.to(streams.device), sine.to(streams.device)
+        quantizer = LayerQuantizer(
+            config, self._recipe, self._options, sink, self._listener.on_weights, self._experts
+        )
+        for index, layer in enumerate(self._layers()):
+            self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
         if not config.tie_word_embeddings:
-            self._encode_head(writer, self._head_gram(streams), report)
+            self._encode_head(sink, self._head_gram(streams), report)
 
-    def _encode_from(self, stored: HessianDirectory, writer: PackedWriter, report: ConversionReport) -> None:
+    def _encode_from(self, stored: HessianDirectory, sink: Sink, report: ConversionReport) -> None:
         """Encode layer by layer with the Hessians of the unquantized model."""
         config = self._checkpoint.config
-        self._encode_embedding(writer, report)
-        for index in range(config.num_hidden_layers):
-            self._listener.on_phase(f"layer {index}")
-            layer, grams = load_layer(self._checkpoint, index), stored.read_layer(index)
+        self._encode_embedding(sink, report)
+        for index, layer in enumerate(self._layers()):
             finished = quantize_layer_from(
-                config, index, layer, grams, self._recipe, self._options, writer, self._listener.on_weights
+                config,
+                index,
+                layer,
+                stored.read_layer(index),
+                self._recipe,
+                self._options,
+                sink,
+                self._listener.on_weights,
+                self._experts,
             )
             self._finish_layer(report, finished)
         if not config.tie_word_embeddings:
-            self._encode_head(writer, None, report)
+            self._encode_head(sink, None, report)
+
+    def _layers(self) -> Iterator[DecoderLayer]:
+        """Layers where the work is done: float32 on the CPU, as stored on a GPU."""
+        layers, index = read_layers(self._checkpoint, self._workplace.device), 0
+        while True:
+            self._listener.on_phase(f"layer {index}")
+            layer = next(layers, None)
+            if layer is None:
+                return
+            yield narrow_layer(layer, self._workplace.device) if self._workplace.is_gpu else layer
+            del layer  # the largest thing in memory: not held while the next one is read
+            index += 1
 
     def _finish_layer(self, report: ConversionReport, layer: LayerReport) -> None:
         report.layers.append(layer)
         report.errors |= {f"model.layers.{layer.index}.{name}": error for name, error in layer.errors.items()}
         self._listener.on_layer(layer)
-        self._checkpoint.release()
 
-    def _encode_embedding(self, writer: PackedWriter, report: ConversionReport) -> tuple[Tensor, Tensor]:
+    def _streamed_tokens(self) -> int:
+        """Calibration tokens whose hidden states are held; none with stored Hessians."""
+        settings = self._recipe.calibration
+        if isinstance(self._calibration, HessianDirectory):
+            return 0
+        return settings.windows * min(settings.window, self._checkpoint.config.max_position_embeddings)
+
+    def _encode_embedding(self, sink: Sink, report: ConversionReport) -> tuple[Tensor, Tensor]:
         """Encode the embedding; returns the source's table and the decoded one."""
         self._listener.on_phase("embedding")
         table = load_embedding(self._checkpoint).weight.data
-        return table, self._encode_alone(writer, report, EMBEDDING, Part.EMBEDDING, table, None)
+        return table, self._encode_alone(sink, report, EMBEDDING, Part.EMBEDDING, table, None)
 
-    def _embed(self, sample: CalibrationSample, writer: PackedWriter, report: ConversionReport) -> Streams:
+    def _embed(self, sample: CalibrationSample, sink: Sink, report: ConversionReport) -> Streams:
         """Encode the embedding and look up all calibration tokens in both tables."""
-        table, decoded = self._encode_embedding(writer, report)
+        table, decoded = self._encode_embedding(sink, report)
         dtype = stream_dtype(sample.tokens, table.shape[1])
-        lookups = (nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded))
-        streams = Streams(*lookups)
+        lookups = [nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded)]
         self._checkpoint.release()
-        return streams
+        return Streams(lookups[0], lookups[1])
 
     def _head_gram(self, streams: Streams) -> Tensor:
         """Mean x x^T of the head's input, (hidden_size, hidden_size)."""
-        norm = load_final_norm(self._checkpoint)
-        gram = torch.zeros(streams.shape[2], streams.shape[2])
+        norm = load_final_norm(self._checkpoint).to(streams.device)
+        gram = torch.zeros(streams.shape[2], streams.shape[2], device=streams.device)
         for batch in streams.batches():
-            inputs = norm(streams.quantized[batch].float()).flatten(0, 1)
+            inputs = norm(streams.load(streams.quantized, batch).float()).flatten(0, 1)
             gram.addmm_(inputs.T, inputs)
         return gram / (streams.shape[0] * streams.shape[1])
 
-    def _encode_head(self, writer: PackedWriter, gram: Tensor | None, report: ConversionReport) -> None:
+    def _encode_head(self, sink: Sink, gram: Tensor | None, report: ConversionReport) -> None:
         self._listener.on_phase("head")
         weight = load_head(self._checkpoint).weight.data
-        self._encode_alone(writer, report, HEAD, Part.HEAD, weight, gram)
+        self._encode_alone(sink, report, HEAD, Part.HEAD, weight, gram)
 
     def _encode_alone(
         self,
-        writer: PackedWriter,
+        sink: Sink,
         report: ConversionReport,
         module: str,
         part: Part,
@@ -225,9 +245,9 @@ class Conversion:
         width = weight.shape[1]
         code = TrellisCode(bits, self._recipe.encode.state_bits)
         signs = input_signs(self._recipe.seed, f"{module}.input", width)
-        gram = torch.eye(width) if gram is None else gram
+        gram = torch.eye(width, device=self._workplace.device) if gram is None else gram
         result = encode_matrices({module: weight}, gram, signs, code, self._options, self._listener.on_weights)
-        writer.add_encoded(module, result[module].encoded)
+        sink.add_encoded(module, result[module].encoded)
         report.errors[module] = result[module].proxy_error
         return result[module].decoded
 
@@ -263,17 +283,5 @@ class Conversion:
             seed=self._recipe.seed,
             calibration=report.calibration,
             coverage=self._coverage,
-            report={
-                "seconds": round(seconds, 1),
-                "proxy_errors": {name: float(np.float32(error)) for name, error in report.errors.items()},
-                "layers": [
-                    {
-                        "index": layer.index,
-                        "output_error": layer.output_error,
-                        "expert_tokens": layer.expert_tokens,
-                        "expert_trust": layer.expert_trust,
-                    }
-                    for layer in report.layers
-                ],
-            },
+            report=report.to_json(self._workplace, seconds),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from ernieq.calibrate import (
     LayerStatistics,
     hidden_of,
 )
-from ernieq.convert.layer import LayerReport, Sink, encode_group, linear_of
+from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
+from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import KEEP, Part, Recipe
-from ernieq.encode import EncodeOptions
+from ernieq.encode import Batches, EncodeOptions
 from ernieq.errors import CheckpointError, StorageError
 from ernieq.model import DecoderLayer, ModelConfig
 from ernieq.pack import CalibrationRecord
@@ -32,7 +33,7 @@ SUMMARY_NAME = "calibration.json"
 
 
 @dataclass(frozen=True)
-class Group:
+class StoredGroup:
     """Matrices that read one input: their part, the input's name for the signs, the Hessian's name."""
 
     names: tuple[str, ...]
@@ -41,12 +42,12 @@ class Group:
     gram: str
 
 
-def layer_groups(config: ModelConfig, index: int) -> list[Group]:
+def layer_groups(config: ModelConfig, index: int) -> list[StoredGroup]:
     """The groups of a layer, in the order of the file format."""
     attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
     groups = [
-        Group(attention, Part.ATTENTION, ATTENTION_INPUT, ATTENTION_INPUT),
-        Group(("self_attn.o_proj",), Part.ATTENTION, ATTENTION_CONTEXT, ATTENTION_CONTEXT),
+        StoredGroup(attention, Part.ATTENTION, ATTENTION_INPUT, ATTENTION_INPUT),
+        StoredGroup(("self_attn.o_proj",), Part.ATTENTION, ATTENTION_CONTEXT, ATTENTION_CONTEXT),
     ]
     if not config.is_moe_layer(index):
         return groups + _mlp_groups("mlp", Part.DENSE_MLP, MLP_INPUT, hidden_of("mlp"), hidden_of("mlp"))
@@ -59,10 +60,12 @@ def layer_groups(config: ModelConfig, index: int) -> list[Group]:
     return groups
 
 
-def _mlp_groups(path: str, part: Part, input_gram: str, hidden_signs: str, hidden_gram: str) -> list[Group]:
+def _mlp_groups(
+    path: str, part: Part, input_gram: str, hidden_signs: str, hidden_gram: str
+) -> list[StoredGroup]:
     return [
-        Group((f"{path}.gate_proj", f"{path}.up_proj"), part, MLP_INPUT, input_gram),
-        Group((f"{path}.down_proj",), part, hidden_signs, hidden_gram),
+        StoredGroup((f"{path}.gate_proj", f"{path}.up_proj"), part, MLP_INPUT, input_gram),
+        StoredGroup((f"{path}.down_proj",), part, hidden_signs, hidden_gram),
     ]
 
 
@@ -75,23 +78,73 @@ def quantize_layer_from(
     options: EncodeOptions,
     sink: Sink,
     on_weights: Callable[[int], None] | None = None,
+    experts: Batches | None = None,
 ) -> LayerReport:
-    """Encode the matrices of a layer with the Hessians of the unquantized model.
+    """Encode the matrices of a layer with the Hessians of the unquantized model, on the device of the layer.
+
+    Args:
+        config: the model's configuration.
+        index: number of the layer.
+        layer: the layer.
+        grams: the Hessians of the layer's inputs, by the names of ``layer_groups``.
+        recipe: bits and seed.
+        options: how matrices are encoded.
+        sink: receives the encoded matrices.
+        on_weights: called with the number of weights encoded since the last call.
+        experts: how many experts are worked on at once; one by one unless given.
 
     Raises:
         CheckpointError: a Hessian is missing or has another width.
     """
     report = LayerReport(index)
-    for group in layer_groups(config, index):
-        weights = {name: linear_of(layer, name).weight.data for name in group.names}
-        if all(recipe.bits_of(f"model.layers.{index}.{name}", group.part) == KEEP for name in weights):
+    encoder = GroupEncoder(recipe, options, sink, on_weights)
+    routed: list[list[Group]] = []  # gate and up, and down, of every expert
+
+    def encode_routed(batch: Sequence[list[Group]]) -> None:
+        encoded = encoder.encode(index, [_moved(group, layer) for pair in batch for group in pair])
+        for pair in batch:
+            names = [name for group in pair for name in group.weights if name in encoded]
+            encoder.hand_over(report, {name: encoded[name] for name in names})
+
+    def encode_gathered() -> None:
+        (experts or Batches(1, "experts", options.on_notice)).run(routed, encode_routed)
+        routed.clear()
+
+    for stored in layer_groups(config, index):
+        group = _with_gram(stored, index, layer, grams, recipe)
+        if group is not None and stored.part == Part.ROUTED_EXPERTS:
+            if not routed or _expert_of(routed[-1][-1]) != _expert_of(group):
+                routed.append([])
+            routed[-1].append(group)
             continue
-        width = next(iter(weights.values())).shape[1]
-        gram = grams.get(group.gram)
-        if gram is None or gram.shape != (width, width):
-            raise CheckpointError(f"the Hessians of layer {index} hold no {group.gram} of width {width}")
-        encode_group(report, weights, group.part, group.signs, gram, recipe, options, sink, on_weights)
+        encode_gathered()
+        if group is not None:
+            encoder.hand_over(report, encoder.encode(index, [_moved(group, layer)]))
+    encode_gathered()
     return report
+
+
+def _with_gram(
+    stored: StoredGroup, index: int, layer: DecoderLayer, grams: Mapping[str, Tensor], recipe: Recipe
+) -> Group | None:
+    """The weights of a group and its Hessian; None if the recipe keeps all of it."""
+    weights = {name: linear_of(layer, name).weight.data for name in stored.names}
+    if all(recipe.bits_of(f"model.layers.{index}.{name}", stored.part) == KEEP for name in weights):
+        return None
+    width = next(iter(weights.values())).shape[1]
+    gram = grams.get(stored.gram)
+    if gram is None or gram.shape != (width, width):
+        raise CheckpointError(f"the Hessians of layer {index} hold no {stored.gram} of width {width}")
+    return Group(weights, stored.part, stored.signs, gram)
+
+
+def _expert_of(group: Group) -> str:
+    return next(iter(group.weights)).rpartition(".")[0]
+
+
+def _moved(group: Group, layer: DecoderLayer) -> Group:
+    """The group with its Hessian on the device of the layer."""
+    return replace(group, gram=group.gram.to(layer.input_layernorm.weight.device))
 
 
 class HessianDirectory:

@@ -4,8 +4,10 @@
     linear.py      TrellisLinear in place of nn.Linear
     experts.py     TrellisExperts in place of the model's Experts
     embedding.py   TrellisEmbedding in place of nn.Embedding; TrellisHead, a head that is tied to it
+    gpu.py         the products on a GPU: which kernel for how many rows
+    stack.py       all experts of a layer in one tensor, as the GPU's kernels want them
 
-Left out: gradients, and processors other than the CPU.
+``.to("cuda")`` moves a module to a GPU, where tiles are held as 32-bit words. Left out: gradients.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ernieq.decode import gpu
 from ernieq.decode.weight import TrellisWeight
 from ernieq.errors import UsageError
 from ernieq.kernels import Backend
@@ -47,7 +48,7 @@ class TrellisEmbedding(TrellisWeight):
             raise UsageError(
                 f"token ids span {int(ids[0])} to {int(ids[-1])}; allowed are 0 to {self.out_features - 1}"
             )
-        rows = torch.empty(ids.numel(), self.in_features)
+        rows = torch.empty(ids.numel(), self.in_features, device=ids.device)
         bands, band_of_id = torch.div(ids, TILE_SIDE, rounding_mode="floor").unique(return_inverse=True)
         for first in range(0, bands.numel(), _BANDS_AT_A_TIME):
             some = bands[first : first + _BANDS_AT_A_TIME]
@@ -59,12 +60,14 @@ class TrellisEmbedding(TrellisWeight):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Products with every row, for a head that is tied to the table: (..., width) -> (..., vocabulary)."""
-        return self.multiply_rotated(self.rotate(hidden))
+        return self.multiply(hidden)
 
     def _decode_bands(self, bands: Tensor) -> Tensor:
         """Rotated rows of bands of 16: (n,) -> (16 n, width) float32."""
-        packed = self.packed.index_select(0, bands)
         scale = self.scale.view(-1, TILE_SIDE).index_select(0, bands).flatten()
+        if self.on_gpu:
+            return gpu.decode_exactly(self.words.index_select(0, bands), scale, self.code)
+        packed = self.packed.index_select(0, bands)
         return decode(packed, scale, self.code, backend=self.backend, threads=self.threads)
 
 

@@ -46,9 +46,11 @@ class TrellisLinear(TrellisWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) of the same dtype."""
-        return self.forward_rotated(self.rotate(x)).to(x.dtype)
+        return self._with_bias(self.multiply(x)).to(x.dtype)
 
     def forward_rotated(self, x_rotated: Tensor) -> Tensor:
         """As ``forward``, for inputs that are rotated already: float32 -> float32."""
-        y = self.multiply_rotated(x_rotated)
+        return self._with_bias(self.multiply_rotated(x_rotated))
+
+    def _with_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.float()

@@ -1,14 +1,21 @@
 """From weights to code words: incoherence, scales, block LDLQ over the trellis code."""
 
+from ernieq.encode.batch_matrix import encode_batch, working_bytes
 from ernieq.encode.incoherence import input_signs, rotation_block
-from ernieq.encode.matrix import EncodeOptions, EncodingResult, encode_matrices
+from ernieq.encode.matrix import encode_matrices
+from ernieq.encode.memory import Batches, out_of_memory
+from ernieq.encode.options import EncodeOptions, EncodingResult
 from ernieq.encode.scales import CODEBOOK_SCALE
 
 __all__ = [
     "CODEBOOK_SCALE",
+    "Batches",
     "EncodeOptions",
     "EncodingResult",
+    "encode_batch",
     "encode_matrices",
     "input_signs",
+    "out_of_memory",
     "rotation_block",
+    "working_bytes",
 ]

@@ -32,8 +32,8 @@ from ernieq.trellis import (
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """Add ``damping`` times the mean diagonal to the diagonal; a Hessian of zeros becomes the identity."""
     mean = hessian.diagonal().mean()
-    ridge = damping * mean if mean > 0 else torch.ones((), dtype=hessian.dtype)
-    result: Tensor = hessian + ridge * torch.eye(hessian.shape[0], dtype=hessian.dtype)
+    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
+    result: Tensor = hessian + ridge * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     return result
 
 

@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ernieq.encode.batch_matrix import check_shapes, encode_in_pieces
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
+from ernieq.encode.options import EncodeOptions, EncodingResult
 from ernieq.encode.scales import initial_scale, refit_scale
-from ernieq.errors import NonFiniteError, ShapeError
-from ernieq.kernels.backend import Backend
+from ernieq.errors import NonFiniteError
 from ernieq.kernels.hadamard import rotate, unrotate
-from ernieq.kernels.viterbi import FULL_FIRST_PASS
 from ernieq.trellis import TILE_SIDE, EncodedMatrix, TrellisCode, pack_symbols
-
-
-@dataclass(frozen=True)
-class EncodeOptions:
-    """How a matrix is encoded.
-
-    Args:
-        damping: share of the mean diagonal that is added to a Hessian before it is factored.
-        first_pass_steps: length of the first tail-biting pass, 96 (quick) to 256.
-        backend: implementation of the trellis search.
-        threads: threads of the trellis search; all processors by default.
-    """
-
-    damping: float = 0.01
-    first_pass_steps: int = FULL_FIRST_PASS
-    backend: Backend = Backend.AUTO
-    threads: int | None = None
-
-
-@dataclass(frozen=True)
-class EncodingResult:
-    """An encoded matrix, what it decodes to, and how far that is from the target.
-
-    Args:
-        encoded: the hand-over to the packer.
-        decoded: (out_features, in_features) float32 in the model's own basis.
-        proxy_error: tr(E H E^T) / tr(W H W^T) with the undamped Hessian, dimensionless.
-    """
-
-    encoded: EncodedMatrix
-    decoded: Tensor
-    proxy_error: float
 
 
 def encode_matrices(
@@ -70,6 +37,8 @@ def encode_matrices(
         options: see ``EncodeOptions``.
         on_block: called with the number of weights after each block of columns.
 
+    The device of the Hessian does the work; the weights may lie elsewhere, and what they decode to lies there.
+
     Returns:
         name -> result, in the order of ``weights``.
 
@@ -77,11 +46,9 @@ def encode_matrices(
         ShapeError: a side of a matrix is not a multiple of 16.
         NonFiniteError: the Hessian has NaN or infinite numbers (an activation overflowed).
     """
-    for name, weight in weights.items():
-        if any(side % TILE_SIDE for side in weight.shape):
-            raise ShapeError(
-                f"{name} has shape {tuple(weight.shape)}; the trellis code needs sides that are multiples of 16"
-            )
+    check_shapes(weights)
+    if hessian.is_cuda:
+        return encode_in_pieces(weights, hessian, signs, code, options, on_block)
     if not torch.isfinite(hessian).all():
         raise NonFiniteError(f"the Hessian of the input of {next(iter(weights))} has NaN or infinite numbers")
     stacked = torch.cat([weight.float() for weight in weights.values()])

@@ -28,8 +28,8 @@ def to_float16(scale: Tensor) -> Tensor:
 
 
 def initial_scale(weight: Tensor, bits_per_weight: int) -> Tensor:
-    """Scale of every row from its root mean square: (out_features,) float16."""
-    rms = weight.square().mean(dim=1).sqrt()
+    """Scale of every row from its root mean square: (..., rows, columns) -> (..., rows) float16."""
+    rms = weight.square().mean(dim=-1).sqrt()
     return to_float16(rms * (CODEBOOK_SCALE[bits_per_weight] * VALUE_UNIT / VALUE_RMS))
 
 
@@ -47,9 +47,14 @@ def refit_scale(weight: Tensor, normalised: Tensor, hessian: Tensor, before: Ten
     Returns:
         (out_features,) float16.
     """
+    return to_float16(fitted_scale(weight, normalised, hessian, before))
+
+
+def fitted_scale(weight: Tensor, normalised: Tensor, hessian: Tensor, before: Tensor) -> Tensor:
+    """``refit_scale`` before it is rounded: (out_features,) float32."""
     projected = normalised @ hessian
     power = (projected * normalised).sum(dim=1)
     overlap = (projected * weight).sum(dim=1)
     fitted = overlap / power.clamp(min=torch.finfo(torch.float32).tiny)
     sensible = (fitted > 0.5 * before.float()) & (fitted < 2 * before.float())
-    return to_float16(torch.where(sensible, fitted, before.float()))
+    return torch.where(sensible, fitted, before.float())

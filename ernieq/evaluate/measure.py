@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is held in memory at once; the results do not depend on it.
+    """How much is held at once, in the memory of the stream's device; the results do not depend on it.
 
     Args:
         batch: windows per step.
@@ -39,6 +39,14 @@ class Budget:
     batch: int = DEFAULT_BATCH
     logits_bytes: int = LOGITS_BYTES
     state_bytes: int = STATE_BYTES
+
+    @classmethod
+    def on(cls, device: torch.device, batch: int = DEFAULT_BATCH) -> Self:
+        """The default bounds, or those of a GPU whose free memory is small: a quarter of it for states."""
+        if device.type != "cuda":
+            return cls(batch)
+        free, _total = torch.cuda.mem_get_info(device)
+        return cls(batch, state_bytes=min(STATE_BYTES, free // 4), logits_bytes=min(LOGITS_BYTES, free // 4))
 
     def windows_per_group(self, window: int, hidden_size: int, models: int) -> int:
         """Windows whose hidden states fit into ``state_bytes``; at least one."""

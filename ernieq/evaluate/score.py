@@ -72,10 +72,10 @@ def score_states(
 
     Args:
         stream: the measured model.
-        hidden: (windows, window, hidden) float32, its states before the final norm.
+        hidden: (windows, window, hidden) float32, its states before the final norm, where the stream computes.
         token_ids: (windows, window) int64.
         first_scored: the first position whose logits count; the last is ``window - 2``.
-        base: the base model and its states, if any.
+        base: the base model, on the same device, and its states, if any.
         logits_bytes: bound on all (tokens, vocabulary) tables alive at once.
         on_progress: called with "logits", tokens done and tokens in all.
 
@@ -95,7 +95,7 @@ def score_states(
             if base is not None:
                 base_log_probs = _log_probs(*base, positions[rows])
                 columns["base_nll"][rows] = _losses(base_log_probs, targets[rows], "the base model")
-                columns["same_top1"][rows] = (log_probs.argmax(1) == base_log_probs.argmax(1)).numpy()
+                columns["same_top1"][rows] = (log_probs.argmax(1) == base_log_probs.argmax(1)).cpu().numpy()
                 columns["kl"][rows] = _divergence_in_place(base_log_probs, log_probs)
             if on_progress is not None:
                 on_progress("logits", rows.stop, len(positions))
@@ -111,13 +111,14 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
 
 
 def _log_probs(stream: LayerStream, hidden: Tensor, positions: Tensor) -> Tensor:
-    states = hidden.reshape(-1, hidden.shape[-1])[positions]  # (tokens, hidden)
+    states = hidden.reshape(-1, hidden.shape[-1])[positions.to(hidden.device)]  # (tokens, hidden)
     return torch.log_softmax(stream.head(states).float(), dim=1)  # (tokens, vocabulary)
 
 
 def _losses(log_probs: Tensor, targets: Tensor, who: str) -> Array:
     """Minus the log probability of the tokens that follow; NaN or infinite logits spoil their whole row."""
-    losses = -log_probs.gather(1, targets[:, None])[:, 0].double().numpy()
+    chosen = targets[:, None].to(log_probs.device)
+    losses: Array = -log_probs.gather(1, chosen)[:, 0].double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise NonFiniteError(f"logits of {who} are NaN or infinite; all of them must be finite")
     return losses
@@ -127,4 +128,4 @@ def _divergence_in_place(base_log_probs: Tensor, log_probs: Tensor) -> Array:
     """KL(base || measured) per row, nats; overwrites both tables to save memory."""
     difference = log_probs.neg_().add_(base_log_probs)
     divergence: Tensor = torch.linalg.vecdot(base_log_probs.exp_(), difference)
-    return divergence.double().numpy()
+    return divergence.double().cpu().numpy()

@@ -1,7 +1,7 @@
 """Windows through a model, one decoder layer in memory at a time.
 
 Each layer is loaded once, applied to all windows in batches, and let go. The hidden states of all windows
-are held in float32, updated in place.
+are held in float32 where the stream computes (on a GPU: there), updated in place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LayerStream(StructuralType):
         """The model's rotary embedding."""
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """(B, T) int64 to (B, T, H)."""
+        """(B, T) int64, on the CPU, to (B, T, H) where the stream computes."""
 
     def layers(self) -> Iterator[DecoderLayer]:
         """The decoder layers in order, each loaded when asked for; may be called again."""
@@ -46,7 +46,7 @@ class RoutingTrace:
     """Experts selected by each MoE layer, for every token of every window, in order.
 
     Attributes:
-        selected: layer index to (tokens, k) int16.
+        selected: layer index to (tokens, k) int16, on the CPU.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class RoutingTrace:
 
         def note(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             states = arguments[0]
-            parts.append(layer.mlp.route(states.reshape(-1, states.shape[-1])).selected.to(torch.int16))
+            parts.append(layer.mlp.route(states.reshape(-1, states.shape[-1])).selected.to(torch.int16).cpu())
 
         handle = layer.mlp.register_forward_pre_hook(note)
         try:
@@ -92,13 +92,13 @@ def final_states(
         on_progress: called with the label, layers done and layers in all.
 
     Returns:
-        (windows, window, hidden) float32.
+        (windows, window, hidden) float32 on the device of the stream.
     """
     total = stream.config.num_hidden_layers
     parts = torch.split(token_ids, batch)
     with torch.inference_mode():
         hidden = torch.cat([stream.embed(part).float() for part in parts])  # (windows, window, hidden)
-        rotary = stream.rotary.angles(torch.arange(token_ids.shape[1]))
+        rotary = stream.rotary.angles(torch.arange(token_ids.shape[1], device=hidden.device))
         layers = stream.layers()
         for index in range(total):
             layer = next(layers)

@@ -2,6 +2,7 @@
 
     options.py   what can be asked for          loop.py   prompt in, tokens or pieces of text out
     sampling.py  logits to a token              text.py   tokens to text as it comes; stop strings
+    engine.py    tokens to logits, by the model itself or by the runtime of a GPU
 
 Left out: batches, beams, speculative decoding.
 """

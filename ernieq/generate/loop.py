@@ -6,16 +6,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ernieq.errors import CheckpointError, UsageError
+from ernieq.generate.engine import Engine, make_engine, model_device
 from ernieq.generate.options import GenerateOptions
 from ernieq.generate.sampling import Sampler
 from ernieq.generate.text import StopWatch, TextPieces
-from ernieq.model import ErnieForCausalLM, KVCache
-
-# A long prompt goes through the model in parts of this many tokens, which bounds what a layer holds.
-_PROMPT_PART = 512
+from ernieq.model import ErnieForCausalLM
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -106,28 +103,32 @@ def generate_tokens(
             f"{config.vocab_size - 1}"
         )
     limit = min(options.max_tokens, room)
-    parameter = next(model.parameters())
-    cache = KVCache(config, 1, len(prompt_ids) + limit, parameter.dtype, parameter.device)
+    engine = make_engine(model, len(prompt_ids) + limit)
     sampler = Sampler(options)
-    logits = _prompt_logits(model, prompt_ids, cache)
-    for count in range(1, limit + 1):
-        token = sampler.choose(logits)
+    choose = _choose_ahead if model_device(model).type == "cuda" else _choose
+    for token in choose(engine, sampler, prompt_ids, limit):
         if token in ends:
             return
         yield token
+
+
+def _choose(engine: Engine, sampler: Sampler, prompt_ids: Sequence[int], limit: int) -> Iterator[int]:
+    logits = engine.prompt(prompt_ids)
+    for count in range(1, limit + 1):
+        token = sampler.choose(logits)
+        yield token
         if count < limit:
-            logits = _next_logits(model, [token], cache)
+            logits = engine.step(torch.tensor([token]))
 
 
-def _prompt_logits(model: ErnieForCausalLM, prompt_ids: Sequence[int], cache: KVCache) -> Tensor:
-    for start in range(0, len(prompt_ids), _PROMPT_PART):
-        logits = _next_logits(model, prompt_ids[start : start + _PROMPT_PART], cache)
-    return logits
+def _choose_ahead(engine: Engine, sampler: Sampler, prompt_ids: Sequence[int], limit: int) -> Iterator[int]:
+    """As ``_choose``, but the GPU is given its next step before the token is read: it never waits for Python.
 
-
-def _next_logits(model: ErnieForCausalLM, ids: Sequence[int], cache: KVCache) -> Tensor:
-    """Logits after the last of some tokens: (vocabulary,) float32."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        logits: Tensor = model(torch.tensor([list(ids)], device=device), cache, last_only=True)
-    return logits[0, -1]
+    The step after the last token is done in vain.
+    """
+    logits = engine.prompt(prompt_ids)
+    for count in range(1, limit + 1):
+        token = sampler.draw(logits)
+        if count < limit:
+            logits = engine.step(token.clamp(min=0))
+        yield sampler.read(token)

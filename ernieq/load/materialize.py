@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ernieq.decode import TrellisEmbedding, TrellisExperts, TrellisHead, TrellisLinear
 from ernieq.errors import FormatError, ShapeError
 from ernieq.kernels import Backend
+from ernieq.load.memory import FLOAT32_ROLES
 from ernieq.load.source import WeightSource
 from ernieq.model import ErnieForCausalLM, ParameterRole, ParameterSpec, SparseMlp
 
@@ -24,7 +25,7 @@ _LINEARS = frozenset(
         ParameterRole.HEAD,
     }
 )
-_FLOAT32 = frozenset({ParameterRole.ROUTER, ParameterRole.ROUTER_BIAS})
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class LoadOptions:
         dtype: dtype of the weights that are not packed, except the router, which stays float32.
         backend: implementation of the kernels.
         threads: threads of the kernels; all processors by default.
+        device: where weights are put, the CPU or a GPU.
     """
 
     dtype: torch.dtype = torch.float32
     backend: Backend = Backend.AUTO
     threads: int | None = None
+    device: torch.device = _CPU
 
 
 def materialize(
@@ -71,12 +74,14 @@ def materialize(
     for name in quantized:
         _place_matrix(module, name.removesuffix(_WEIGHT), specs[name], source, options, prefix)
     for name in specs.keys() - set(quantized):
-        dtype = torch.float32 if specs[name].role in _FLOAT32 else options.dtype
-        _assign(module, name.removeprefix(prefix), source.parameter(name, specs[name], dtype))
+        dtype = torch.float32 if specs[name].role in FLOAT32_ROLES else options.dtype
+        _assign(module, name.removeprefix(prefix), source.parameter(name, specs[name], dtype, options.device))
     source.release()
     _join_experts(module)
     if isinstance(module, ErnieForCausalLM) and module.config.tie_word_embeddings:
         _tie_head(module)
+    if options.device.type != "cpu":
+        module.to(options.device)  # only packed matrices are left: they move as they are, experts by experts
     left = [name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
     assert not left, f"never loaded: {left}"
 

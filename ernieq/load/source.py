@@ -36,8 +36,8 @@ class WeightSource(Protocol):
     def encoded(self, module: str, /) -> EncodedMatrix:
         """The matrix of a quantized module, a view of the file."""
 
-    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype) -> Tensor:
-        """A tensor that is not quantized, checked, in memory of its own.
+    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor that is not quantized, checked, in memory of its own on the device.
 
         Raises:
             MissingTensorError: it is not there.
@@ -88,8 +88,8 @@ class PackedSource:
         """The matrix of a quantized module, a view of the file."""
         return self._reader.encoded(module)
 
-    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype) -> Tensor:
-        """A tensor that is not quantized, checked, in memory of its own."""
+    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor that is not quantized, checked, in memory of its own on the device."""
         if name not in self._tensors:
             raise MissingTensorError(f"{name} is not in {self.directory}, neither quantized nor as it was")
         stored = _view_raw(name, self._reader.tensor(name))
@@ -97,7 +97,8 @@ class PackedSource:
             raise ShapeError(f"{name} has shape {tuple(stored.shape)}; config.json calls for {spec.shape}")
         if not torch.isfinite(stored).all():
             raise NonFiniteError(f"{name} in {self.directory} contains NaN or infinite numbers")
-        return stored.to(dtype, copy=True)
+        # The stored bytes travel, which are half as many, and are converted where they arrive.
+        return stored.to(dtype, copy=True) if device.type == "cpu" else stored.to(device).to(dtype)
 
     def release(self) -> None:
         """Do nothing: packed weights are used where they are mapped."""
@@ -147,9 +148,12 @@ class PlainSource:
         """Never called: nothing is quantized."""
         raise AssertionError(f"{module} is not quantized")
 
-    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype) -> Tensor:
-        """A tensor, checked, in memory of its own."""
-        return self._checkpoint.parameter(name, spec, dtype)
+    def parameter(self, name: str, spec: ParameterSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor, checked, in memory of its own on the device."""
+        if device.type == "cpu":
+            return self._checkpoint.parameter(name, spec, dtype)
+        stored = _FLOATS.get(self._checkpoint.info(name).dtype, dtype)
+        return self._checkpoint.parameter(name, spec, stored).to(device).to(dtype)
 
     def release(self) -> None:
         """Let go of the mappings: all that was read was copied."""

@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ernieq.kernels import Backend, resolve_backend
+from ernieq.kernels import Backend
+from ernieq.kernels.device import require_memory
 from ernieq.load.materialize import LoadOptions, materialize
-from ernieq.load.source import PackedSource, WeightSource, open_source, weight_bytes
+from ernieq.load.memory import stream_bytes
+from ernieq.load.place import resolve_place
+from ernieq.load.source import WeightSource, open_source, weight_bytes
 from ernieq.model import (
     DecoderLayer,
     ErnieForCausalLM,
@@ -23,25 +26,32 @@ from ernieq.model import (
 
 
 def open_stream(
-    path: str | Path, *, backend: Backend = Backend.AUTO, threads: int | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    backend: Backend = Backend.AUTO,
+    threads: int | None = None,
 ) -> ModelStream:
     """Open a checkpoint that may be larger than memory; computes in float32.
 
     Args:
         path: a directory, ``bundled:NAME``, or the hub id of an ordinary checkpoint.
-        backend: implementation of the kernels for packed weights.
+        device: where layers are put and computed: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``.
+        backend: implementation of the kernels for packed weights on the CPU.
         threads: threads of the kernels; all processors by default.
 
     Raises:
         CheckpointError: a tensor is missing or malformed.
         FormatError: a packed checkpoint breaks its format.
-        BackendUnavailableError: the backend can't run here.
+        UsageError: the device means nothing, or a backend of the CPU was asked for together with a GPU.
+        BackendUnavailableError: the backend or device can't run here, or the GPU has too little memory.
     """
+    place = resolve_place(device, backend)
     source = open_source(path)
     source.check_names()
-    if isinstance(source, PackedSource):
-        resolve_backend(backend)
-    return ModelStream(source, LoadOptions(torch.float32, backend, threads))
+    place.check(source)
+    require_memory(place.device, stream_bytes(source, torch.float32), f"the largest layer of {path}")
+    return ModelStream(source, LoadOptions(torch.float32, place.backend, threads, place.device))
 
 
 class ModelStream:
@@ -50,6 +60,7 @@ class ModelStream:
     Shapes: B sequences, T tokens, N tokens of any sequences, H hidden width, V vocabulary. States are float32.
 
     Attributes:
+        device: where layers are put; states that they are given must be there.
         config: the model's shape.
         rotary: its position encoding.
         tokenizer_directory: where its tokenizer is.
@@ -60,14 +71,15 @@ class ModelStream:
         self._source = source
         self._options = options
         self._ends: ErnieForCausalLM | None = None
+        self.device = options.device
         self.config: ModelConfig = source.config
         self.rotary = Rotary(source.config)
         self.tokenizer_directory: Path = source.directory
         self.base: str | None = source.base
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """Look tokens up: (B, T) int64 -> (B, T, H)."""
-        hidden: Tensor = self._loaded_ends().model.embed_tokens(token_ids)
+        """Look tokens up: (B, T) int64, anywhere -> (B, T, H) on the stream's device."""
+        hidden: Tensor = self._loaded_ends().model.embed_tokens(token_ids.to(self.device))
         return hidden
 
     def layers(self) -> Iterator[DecoderLayer]:

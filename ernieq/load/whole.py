@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from ernieq.errors import BackendUnavailableError
-from ernieq.kernels import Backend, resolve_backend
+from ernieq.kernels import Backend
+from ernieq.kernels.device import require_memory
 from ernieq.load.materialize import LoadOptions, materialize
-from ernieq.load.source import PackedSource, open_source
+from ernieq.load.memory import model_bytes
+from ernieq.load.place import resolve_place
+from ernieq.load.source import open_source
 from ernieq.model import ErnieForCausalLM, expected_parameters
 
 
@@ -24,14 +26,14 @@ def load_model(
     """Load a packed or an ordinary checkpoint for inference.
 
     Packed matrices stay packed: they are views of the mapped files, which the system reads when they are first
-    used, and a product decodes them as it goes. All other weights are copied as ``dtype`` (the router as
-    float32).
+    used, and a product decodes them as it goes. On a GPU they are copied, and stay packed there, too. All other
+    weights are copied as ``dtype`` (the router as float32).
 
     Args:
         path: a directory, ``bundled:NAME``, or the hub id of an ordinary checkpoint.
-        device: where to put the model; packed weights run on the CPU only.
+        device: where to put the model: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
         dtype: dtype of hidden states and of the weights that are not packed.
-        backend: implementation of the kernels; an ``"avx2"`` in place of ``Backend.AVX2`` will do.
+        backend: implementation of the kernels on the CPU; an ``"avx2"`` in place of ``Backend.AVX2`` will do.
         threads: threads of the kernels; all processors by default.
 
     Returns:
@@ -40,17 +42,16 @@ def load_model(
     Raises:
         CheckpointError: a tensor is missing or malformed.
         FormatError: a packed checkpoint breaks its format, or holds a tensor that the model has no use for.
-        BackendUnavailableError: the backend or device can't run it.
+        UsageError: the device means nothing, or a backend of the CPU was asked for together with a GPU.
+        BackendUnavailableError: the backend or device can't run it, or the GPU has too little memory.
     """
+    place = resolve_place(device, Backend(backend))
     source = open_source(path)
     source.check_names()
-    packed = isinstance(source, PackedSource)
-    backend = Backend(backend)
-    if packed:
-        resolve_backend(backend)
-        if torch.device(device).type != "cpu":
-            raise BackendUnavailableError(f"packed weights run on the CPU only; device {device} was asked for")
+    place.check(source)
+    require_memory(place.device, model_bytes(source, dtype), f"the model in {path}")
     with torch.device("meta"):
         model = ErnieForCausalLM(source.config)
-    materialize(model, expected_parameters(source.config), source, LoadOptions(dtype, backend, threads))
-    return model.eval() if packed else model.eval().to(device)
+    options = LoadOptions(dtype, place.backend, threads, place.device)
+    materialize(model, expected_parameters(source.config), source, options)
+    return model.eval()

@@ -10,7 +10,7 @@ from ernieq.cli import main
 from tests.convert.conversions import file_hashes
 
 # Ten state bits are too few for the six bits that the default recipe gives embedding and head.
-CODE = ["--state-bits", "10", "--embedding-bits", "5", "--head-bits", "5", "--threads", "1"]
+CODE = ["--state-bits", "10", "--embedding-bits", "5", "--head-bits", "5", "--threads", "1", "--device", "cpu"]
 SAMPLE = ["--windows", "4", "--window", "32"]
 
 

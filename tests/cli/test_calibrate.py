@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.quantizing import Untouched, done, quantize, refused, run
 from tests.convert.conversions import file_hashes, write_words
 
-SAMPLE = ["--windows", "4", "--window", "32", "--threads", "1"]
+SAMPLE = ["--windows", "4", "--window", "32", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture

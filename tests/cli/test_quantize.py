@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ernieq.encode import EncodeOptions, encode_matrices
 from ernieq.kernels.backend import Backend
@@ -162,8 +163,9 @@ def test_the_reference_backend_writes_the_same_bytes(tiny: Callable[..., Path], 
 
 def test_stored_hessians_take_the_place_of_texts(source: Path, tmp_path: Path) -> None:
     hessians = tmp_path / "hessians"
-    sample = ("--text", source.parent / "words.txt", "--windows", "4", "--window", "32", "--threads", "1")
-    done(run("calibrate", source, "--out", hessians, *sample))
+    text = ("--text", source.parent / "words.txt")
+    sample = ("--windows", "4", "--window", "32", "--threads", "1", "--device", "cpu")
+    done(run("calibrate", source, "--out", hessians, *text, *sample))
     done(quantize(source, tmp_path / "along"))
     done(quantize(source, tmp_path / "stored", "--hessians", hessians))
     along, stored = PackedReader(tmp_path / "along"), PackedReader(tmp_path / "stored")
@@ -238,3 +240,24 @@ def test_the_output_is_named_after_the_model_and_its_bits(
 
 def test_a_revision_of_a_local_directory_is_refused(source: Path, tmp_path: Path) -> None:
     refused(quantize(source, tmp_path / "packed", "--revision", "main"), 2, "main", source.name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_auto_says_in_one_line_which_device_it_took(source: Path, tmp_path: Path) -> None:
+    auto = quantize(source, tmp_path / "auto", "--device", "auto")
+    named = quantize(source, tmp_path / "named")
+    assert (auto.exit_code, named.exit_code) == (0, 0)
+    assert auto.stderr.count("Running on the CPU") == 1
+    assert "Running on" not in named.stderr
+    assert shards(tmp_path / "auto") == shards(tmp_path / "named")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_refused(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "packed", "--device", "cuda"), 7, "cuda", "--device cpu")
+    refused(quantize(source, tmp_path / "packed", "--device", "tpu"), 2, "tpu")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_bound_of_gpu_memory_means_nothing_on_the_cpu(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "packed", "--vram", "8"), 2, "--vram")

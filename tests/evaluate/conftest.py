@@ -38,6 +38,8 @@ def tiny_config(positions: int, vocab: int) -> ModelConfig:
 class TinyStream:
     """Satisfies LayerStream; notes how often the layers were read, and the rows of each chunk of logits."""
 
+    device = torch.device("cpu")
+
     def __init__(self, seed: int = 0, positions: int = 64, vocab: int = VOCAB, noise: float = 0.0) -> None:
         torch.manual_seed(seed)
         self.config = tiny_config(positions, vocab)

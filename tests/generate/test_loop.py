@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from ernieq.checkpoint import load_tokenizer
 from ernieq.cli.generate import generate as command
 from ernieq.errors import CheckpointError, UsageError
-from ernieq.generate import GenerateOptions, encode_prompt, generate_text, generate_tokens
+from ernieq.generate import GenerateOptions, Sampler, encode_prompt, generate_text, generate_tokens
+from ernieq.generate.engine import make_engine
+from ernieq.generate.loop import _choose, _choose_ahead
 from ernieq.load import load_model
 from ernieq.model import ErnieForCausalLM
 
@@ -30,10 +32,27 @@ def greedy_without_cache(model: ErnieForCausalLM, prompt: list[int], count: int)
 def test_greedy_tokens_are_those_of_full_forward_passes(
     tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ernieq.generate.loop._PROMPT_PART", 3)  # the prompt goes through in three parts
+    monkeypatch.setattr("ernieq.generate.engine._PROMPT_PART", 3)  # the prompt goes through in three parts
     model = load_model(tiny())
     prompt = [1, 9, 30, 4, 17, 8, 50]
     assert list(generate_tokens(model, prompt, GREEDY)) == greedy_without_cache(model, prompt, 12)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_steps_taken_before_a_token_is_read_give_the_same_tokens(
+    temperature: float, tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = load_model(tiny()), [1, 9, 30]
+    options = dataclasses.replace(GREEDY, temperature=temperature)
+    expected = list(_choose(make_engine(model, 15), DrawingSampler(options), prompt, 12))
+    assert list(_choose_ahead(make_engine(model, 15), Sampler(options), prompt, 12)) == expected
+
+
+class DrawingSampler(Sampler):
+    """Draws as on a GPU, but waits for each token."""
+
+    def choose(self, logits: torch.Tensor) -> int:
+        return self.read(self.draw(logits))
 
 
 def test_an_end_token_ends_the_sequence_and_is_not_part_of_it(tiny: TinyFactory) -> None:
@@ -98,7 +117,7 @@ def test_the_same_seed_gives_the_same_text(tiny: TinyFactory) -> None:
 
 def test_the_command_prints_the_completion_and_the_speed(tiny: TinyFactory) -> None:
     directory = tiny()
-    arguments = [str(directory), "w5 w6", "--temperature", "0", "--max-tokens", "6", "--threads", "1"]
+    arguments = [str(directory), "w5 w6", "--temperature", "0", "--max-tokens", "6", "--device", "cpu"]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     expected = "".join(
         generate_text(

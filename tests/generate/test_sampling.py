@@ -15,6 +15,26 @@ def frequencies(options: GenerateOptions, draws: int = 4000) -> list[float]:
     return [count / draws for count in counts.tolist()]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_a_draw_on_the_device_has_the_same_distribution(top_p: float) -> None:
+    sampler, other = (Sampler(GenerateOptions(temperature=1, top_p=top_p, seed=seed)) for seed in (0, 1))
+    drawn = torch.cat([sampler.draw(LOGITS) for _ in range(4000)])
+    expected = [0.5, 0.2, 0.3, 0.0] if top_p == 1 else [0.625, 0, 0.375, 0]
+    assert (drawn.bincount(minlength=4) / 4000).tolist() == pytest.approx(expected, abs=0.03)
+    again = Sampler(GenerateOptions(temperature=1, top_p=top_p))
+    assert [again.read(again.draw(LOGITS)) for _ in range(40)] == drawn[:40].tolist()
+    assert [other.read(other.draw(LOGITS)) for _ in range(40)] != drawn[:40].tolist()
+
+
+def test_a_draw_on_the_device_refuses_what_is_not_finite_when_it_is_read() -> None:
+    greedy, drawing = Sampler(GenerateOptions(temperature=0)), Sampler(GenerateOptions(temperature=1e-30))
+    assert greedy.read(greedy.draw(LOGITS)) == drawing.read(drawing.draw(LOGITS)) == 0
+    for sampler in (greedy, drawing):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            with pytest.raises(NonFiniteError, match="logits"):
+                sampler.read(sampler.draw(torch.tensor([0.0, value])))
+
+
 def test_temperature_zero_takes_the_most_likely_token() -> None:
     assert frequencies(GenerateOptions(temperature=0), 5) == [1.0, 0.0, 0.0, 0.0]
 

@@ -16,10 +16,14 @@ from ernieq.errors import (
     MissingTensorError,
     NonFiniteError,
     ShapeError,
+    UsageError,
 )
 from ernieq.kernels import Backend
-from ernieq.load import load_model
+from ernieq.load import load_model, open_stream
+from ernieq.load.memory import model_bytes, stream_bytes
+from ernieq.load.source import open_source, weight_bytes
 from ernieq.model import Experts, KVCache, ModelConfig, ParameterRole, ParameterSpec
+from tests.decode import fake_kernels
 from tests.load.packed_model import CARRIED, DENSE, EVERYTHING, MOE, by_role, plain_model, write_model
 
 TOKENS = torch.tensor([[1, 90, 3, 17, 17, 2, 64], [5, 6, 7, 8, 9, 10, 95]])
@@ -191,10 +195,60 @@ def test_a_kept_weight_that_is_nan_is_named(tmp_path: Path) -> None:
         load_model(tmp_path / "packed")
 
 
-def test_a_device_other_than_the_cpu_is_refused_for_packed_weights(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path) -> None:
     write_model(tmp_path / "packed", DENSE, by_role(EVERYTHING))
-    with pytest.raises(BackendUnavailableError, match="CPU only; device cuda"):
-        load_model(tmp_path / "packed", device="cuda")
+    for call in (load_model, open_stream):
+        with pytest.raises(BackendUnavailableError, match="device cuda can't be used"):
+            call(tmp_path / "packed", device="cuda")
+        with pytest.raises(UsageError, match="allowed are auto, cpu, cuda"):
+            call(tmp_path / "packed", device="tpu")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_for_which_a_gpu_has_too_little_memory_is_refused_before_it_is_read(
+    packed: bool, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if packed:
+        write_model(tmp_path / "model", MOE, by_role(EVERYTHING))
+    directory = tmp_path / "model" if packed else tiny()
+    gpu, asked = torch.device("cuda", 0), []
+
+    def refuse(device: torch.device, needed: int, purpose: str) -> None:
+        asked.append((device, purpose))
+        raise BackendUnavailableError(f"{purpose} needs {needed} bytes")
+
+    monkeypatch.setattr("ernieq.load.place.resolve_device", lambda _name: gpu)
+    monkeypatch.setattr("ernieq.load.whole.require_memory", refuse)
+    monkeypatch.setattr("ernieq.load.stream.require_memory", refuse)
+    for call in (load_model, open_stream):
+        with pytest.raises(BackendUnavailableError, match=r"needs .* bytes"):
+            call(directory, device="cuda")
+    with pytest.raises(UsageError, match="backend reference is one of the CPU's, but the device is cuda:0"):
+        load_model(directory, device="cuda", backend=Backend.REFERENCE)
+    assert [device for device, _ in asked] == [gpu, gpu]
+
+
+def test_the_memory_of_a_model_is_that_of_its_weights_and_room_to_work(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", MOE, by_role(EVERYTHING))
+    source = open_source(tmp_path / "model")
+    more = model_bytes(source, torch.float32) - model_bytes(source, torch.bfloat16)
+    assert more == 2 * 5 * 64  # the norms; the router is float32 always
+    sizes = weight_bytes(source)
+    room = model_bytes(source, torch.float32) - sizes["quantized"]
+    assert 0 < stream_bytes(source, torch.float32) - room < sizes["quantized"]
+
+
+@pytest.mark.parametrize(("config", "chosen"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_a_model_held_as_on_a_gpu_computes_the_same(
+    config: ModelConfig, chosen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain_model(config, write_model(tmp_path / "packed", config, chosen))
+    fake_kernels.install(monkeypatch)
+    model = fake_kernels.hold_words(load_model(tmp_path / "packed", threads=1))
+    with torch.inference_mode():
+        found, truth = model(TOKENS), expected(TOKENS)
+    assert float((found - truth).norm() / truth.norm()) < 5e-3
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ struct WindowReader {
     __device__ __forceinline__ Window load(int tile) const {
         Window window;
 #pragma unroll
-        for (int back = 0; back < kWindowWords; ++back) window.word[back] = __ldg(word[back] + tile * kTileWords);
+        for (int back = 0; back < kWindowWords; ++back) window.word[back] = word[back][tile * kTileWords];
         return window;
     }
     __device__ __forceinline__ void advance(int tiles) {

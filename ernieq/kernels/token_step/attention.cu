@@ -6,7 +6,7 @@
 constexpr int kWarps = 8;
 constexpr int kDims = HEAD_DIM / 16;  // of a lane, neighbours; an even number
 constexpr int kStreams = 2 * kWarps;  // half warps, each with its own running softmax
-constexpr int kMostSplits = 256;
+constexpr int kMergers = 8;
 constexpr int kLeastShare = 2 * kStreams;  // keys of a block, before a second block is worth its merging
 
 // Keys of a block when `length` keys are divided into at most `splits` parts.
@@ -146,25 +146,41 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) attend_split(
     }
 }
 
-// Join the splits: (T, heads, splits, HEAD_DIM + 2) -> (T, heads, HEAD_DIM). Grid: (heads, T), HEAD_DIM threads.
-extern "C" __global__ void attend_merge(const float* __restrict__ workspace, const int* __restrict__ position,
-                                        float* __restrict__ context, int splits) {
-    __shared__ float factors[kMostSplits];
+// Join the splits: (T, heads, splits, HEAD_DIM + 2) -> (T, heads, HEAD_DIM). Grid: (heads, T); kMergers threads for
+// each channel take every kMergers-th split.
+extern "C" __global__ void __launch_bounds__(HEAD_DIM * kMergers) attend_merge(const float* __restrict__ workspace,
+                                                                               const int* __restrict__ position,
+                                                                               float* __restrict__ context,
+                                                                               int splits) {
+    __shared__ float sums[kMergers][HEAD_DIM], tops[kMergers], weights[kMergers];
+    const int merger = threadIdx.x / HEAD_DIM, channel = threadIdx.x % HEAD_DIM;
     const int length = position[blockIdx.y] + 1, share = keys_of_split(length, splits);
     const int used = (length + share - 1) / share;
     const size_t row = (size_t)blockIdx.y * gridDim.x + blockIdx.x;
     const float* parts = workspace + row * splits * (HEAD_DIM + 2);
-    for (int s = threadIdx.x; s < used; s += HEAD_DIM) factors[s] = parts[s * (HEAD_DIM + 2) + HEAD_DIM];
-    __syncthreads();
-    float top = -3.0e38f;
-    for (int s = 0; s < used; ++s) top = fmaxf(top, factors[s]);
-    float total = 0, x = 0;
-#pragma unroll 8
-    for (int s = 0; s < used; ++s) {
+    float top = -3.0e38f, weight = 0, x = 0;
+#pragma unroll 4
+    for (int s = merger; s < used; s += kMergers) {
         const float* part = parts + s * (HEAD_DIM + 2);
-        const float factor = exp2f(factors[s] - top);
-        total += part[HEAD_DIM + 1] * factor;
-        x += part[threadIdx.x] * factor;
+        const float part_x = part[channel], part_top = part[HEAD_DIM], part_weight = part[HEAD_DIM + 1];
+        const float before = top;
+        top = fmaxf(top, part_top);
+        const float shrink = exp2f(before - top), factor = exp2f(part_top - top);
+        weight = weight * shrink + part_weight * factor;
+        x = x * shrink + part_x * factor;
     }
-    context[row * HEAD_DIM + threadIdx.x] = x / total;
+    sums[merger][channel] = x;
+    if (channel == 0) tops[merger] = top, weights[merger] = weight;
+    __syncthreads();
+    if (merger) return;
+    float highest = top, total = 0, sum = 0;
+#pragma unroll
+    for (int m = 1; m < kMergers; ++m) highest = fmaxf(highest, tops[m]);
+#pragma unroll
+    for (int m = 0; m < kMergers; ++m) {
+        const float factor = exp2f(tops[m] - highest);
+        total += weights[m] * factor;
+        sum += sums[m][channel] * factor;
+    }
+    context[row * HEAD_DIM + channel] = sum / total;
 }

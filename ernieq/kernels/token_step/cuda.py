@@ -21,6 +21,7 @@ MOST_EXPERTS = 256
 MOST_CHOICES = 32
 _ROUTE_WARPS = 4
 _ATTEND_THREADS = 256
+_MERGERS = 8  # kMergers in attention.cu
 _HERE = Path(__file__).parent
 
 
@@ -49,17 +50,39 @@ def rotate(x: Tensor, signs: Tensor, block: int, out: Rotated) -> None:
     _launch_rows("rotate_rows", block, rows, width, x, signs, out.x, out.scale, width)
 
 
-def silu_mul_rotate(gate_up: Tensor, signs: Tensor, block: int, out: Rotated) -> None:
+def silu_mul_rotate(
+    gate_up: Tensor, signs: Tensor, block: int, out: Rotated, *, row_scale: Tensor | None = None
+) -> None:
     """The input of a down projection: ``silu(gate) * up``, rotated and rounded to float16.
 
     Args:
-        gate_up: (N, 2 I) float32, gate first.
+        gate_up: (N, 2 I) float32, gate first; or float16 with ``row_scale``.
         signs: (I,) int8.
         block: side of the Hadamard blocks.
         out: (N, I).
+        row_scale: (N,) float32, what the rows of a float16 ``gate_up`` are multiplied by.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    _launch_rows("silu_mul_rotate_rows", block, rows, width, gate_up, signs, out.x, out.scale, width)
+    if row_scale is None:
+        _launch_rows("silu_mul_rotate_rows", block, rows, width, gate_up, signs, *out, width)
+    else:
+        _launch_rows("silu_mul_rotate_half_rows", block, rows, width, gate_up, row_scale, signs, *out, width)
+
+
+def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) -> None:
+    """Add weighted rows to the hidden states, those of a token in their order.
+
+    Args:
+        hidden: (N, H) float32, changed in place: ``+ sum_i factors[:, i] rows[places[:, i]]``.
+        rows: (P, H) float32 or float16.
+        places: (N, k) int64.
+        factors: (N, k) float32.
+    """
+    tokens, width = hidden.shape
+    name = "add_gathered_rows" if rows.dtype == torch.float32 else "add_gathered_half_rows"
+    with torch.cuda.device(hidden.device):
+        kernel = _kernel("token_step.cu", name)
+        kernel((tokens,), 256, hidden, rows, places, factors, places.shape[1], width)
 
 
 def add_norm_rotate(
@@ -119,7 +142,7 @@ def route(
         raise ShapeError(f"{choices} of {experts} experts; the GPU routes to {MOST_CHOICES} of {MOST_EXPERTS}")
     logits, finished = _route_buffers(normed.device, torch.cuda.current_stream(normed.device).cuda_stream)
     with torch.cuda.device(normed.device):
-        _kernel("token_step.cu", "route_tokens")(
+        _kernel("token_step.cu", "route_tokens", EXPERTS=experts)(
             (-(-experts // _ROUTE_WARPS), tokens), 32 * _ROUTE_WARPS,
             normed, router, bias, float(norm_min), selected, weights, logits, finished, experts, choices, width,
         )  # fmt: skip
@@ -150,7 +173,7 @@ def attend(
         position: (T,) int32, below max_tokens.
         context: (T, heads D) float32, written.
         workspace: ``attend_workspace`` float32 numbers.
-        splits: most parts that the keys are divided into, up to 256; a short context uses fewer.
+        splits: most parts that the keys are divided into; a short context uses fewer.
     """
     tokens, kv_heads, max_tokens, head_dim = keys.shape
     heads = context.shape[1] // head_dim
@@ -161,7 +184,7 @@ def attend(
             qkv, angles, keys, values, position, workspace, kv_heads, max_tokens,
         )  # fmt: skip
         merge = _kernel("attention.cu", "attend_merge", **constants)
-        merge((heads, tokens), head_dim, workspace, position, context, splits)
+        merge((heads, tokens), _MERGERS * head_dim, workspace, position, context, splits)
 
 
 def advance(position: Tensor) -> None:

@@ -1,16 +1,13 @@
 // What happens between the products of a one-token step, in few launches: norm and rotation, routing, attention.
 //
-// Constants (each kernel uses its own): BLOCK side of the Hadamard blocks, HEAD_DIM, GROUP query heads of a key head.
+// Constants (each kernel uses its own): BLOCK side of the Hadamard blocks, EXPERTS of the router.
 #include "half2.cuh"
 
 #ifndef BLOCK
 #define BLOCK 128
 #endif
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef GROUP
-#define GROUP 1
+#ifndef EXPERTS
+#define EXPERTS 64
 #endif
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -121,6 +118,53 @@ __device__ __forceinline__ void add_scaled(float4& x, float factor, float4 y) {
     x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
 }
 
+// The same from float16 rows with a factor each.
+extern "C" __global__ void silu_mul_rotate_half_rows(const u16* __restrict__ gate_up,
+                                                     const float* __restrict__ row_scale,
+                                                     const signed char* __restrict__ signs, u16* __restrict__ out,
+                                                     float* __restrict__ scale, int width) {
+    const u16* gates = gate_up + (size_t)blockIdx.x * 2 * width;
+    const float factor = row_scale[blockIdx.x];
+    rotate_row(
+        width,
+        [=](int c) {
+            const float gate = low_float(gates[c]) * factor, up = low_float(gates[width + c]) * factor;
+            return gate / (1.0f + __expf(-gate)) * up * signs[c];
+        },
+        out + (size_t)blockIdx.x * width, scale + blockIdx.x);
+}
+
+// hidden[t] += sum_i factors[t, i] rows[places[t, i]], rows float32 or (half) float16. One block a token.
+template <typename Number, typename Load>
+__device__ __forceinline__ void add_gathered(float* hidden, const Number* rows, const long long* places,
+                                             const float* factors, int choices, int width, Load load) {
+    float* state = hidden + (size_t)blockIdx.x * width;
+    for (int c = 2 * threadIdx.x; c < width; c += 2 * blockDim.x) {
+        float2 x = *reinterpret_cast<float2*>(state + c);
+#pragma unroll 8
+        for (int i = 0; i < choices; ++i) {
+            const float2 y = load(rows + (size_t)places[blockIdx.x * choices + i] * width + c);
+            const float factor = factors[blockIdx.x * choices + i];
+            x.x += factor * y.x, x.y += factor * y.y;
+        }
+        *reinterpret_cast<float2*>(state + c) = x;
+    }
+}
+extern "C" __global__ void add_gathered_rows(float* __restrict__ hidden, const float* __restrict__ rows,
+                                             const long long* __restrict__ places, const float* __restrict__ factors,
+                                             int choices, int width) {
+    add_gathered(hidden, rows, places, factors, choices, width,
+                 [](const float* x) { return *reinterpret_cast<const float2*>(x); });
+}
+extern "C" __global__ void add_gathered_half_rows(float* __restrict__ hidden, const u16* __restrict__ rows,
+                                                  const long long* __restrict__ places,
+                                                  const float* __restrict__ factors, int choices, int width) {
+    add_gathered(hidden, rows, places, factors, choices, width, [](const u16* x) {
+        const u32 pair = *reinterpret_cast<const u32*>(x);
+        return make_float2(low_float(pair), high_float(pair));
+    });
+}
+
 // hidden += delta + sum_i weight_i expert_i; normed = rms_norm(hidden) norm_weight; out = rotated normed. One block a
 // token. Null pointers: what is not there, not added, not wanted.
 extern "C" __global__ void add_norm_rotate_rows(float* __restrict__ hidden, const float* __restrict__ delta,
@@ -158,6 +202,14 @@ extern "C" __global__ void add_norm_rotate_rows(float* __restrict__ hidden, cons
                    out + (size_t)token * width, scale + token);
 }
 
+constexpr int kMost = (EXPERTS + 31) / 32;  // experts of a lane
+
+// Floats as integers of the same order.
+__device__ __forceinline__ u32 ordered(float x) {
+    const u32 bits = __float_as_uint(x);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
 // Router: a warp computes one logit; the last block of a token to finish takes softmax and top-k.
 extern "C" __global__ void route_tokens(const float* __restrict__ normed, const float* __restrict__ router,
                                         const float* __restrict__ bias, float norm_min, int* __restrict__ selected,
@@ -169,7 +221,7 @@ extern "C" __global__ void route_tokens(const float* __restrict__ normed, const 
         const float* state = normed + (size_t)token * width;
         const float* row = router + (size_t)expert * width;
         float sum = 0;
-#pragma unroll 8
+#pragma unroll 10
         for (int c = 4 * lane; c < width; c += 128) {  // the width is a multiple of 16
             const float4 a = *reinterpret_cast<const float4*>(state + c), b = *reinterpret_cast<const float4*>(row + c);
             sum += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
@@ -185,7 +237,6 @@ extern "C" __global__ void route_tokens(const float* __restrict__ normed, const 
     if (!last || threadIdx.x >= 32) return;
     __threadfence();
     const volatile float* mine = logits + token * experts;
-    constexpr int kMost = 8;  // experts of a lane: 256 in all
     float p[kMost], score[kMost];
     float largest = -3.4e38f, total = 0;
 #pragma unroll
@@ -205,23 +256,20 @@ extern "C" __global__ void route_tokens(const float* __restrict__ normed, const 
     float chosen_sum = 0;
     for (int choice = 0; choice < choices; ++choice) {
         float best = -3.4e38f, best_p = 0;
-        int place = experts;
+        int place = 1 << 20;
 #pragma unroll
         for (int i = 0; i < kMost; ++i)
             if (score[i] > best) best = score[i], best_p = p[i], place = lane + 32 * i;
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1) {
-            const float other = __shfl_xor_sync(0xffffffffu, best, offset);
-            const float other_p = __shfl_xor_sync(0xffffffffu, best_p, offset);
-            const int other_place = __shfl_xor_sync(0xffffffffu, place, offset);
-            if (other > best || (other == best && other_place < place))
-                best = other, best_p = other_p, place = other_place;
-        }
+        // The highest score of the warp, and of equal ones the lowest expert.
+        const u32 highest = __reduce_max_sync(0xffffffffu, ordered(best));
+        const int chosen = __reduce_min_sync(0xffffffffu, ordered(best) == highest ? place : 1 << 20);
+        best_p = __shfl_sync(0xffffffffu, best_p, chosen & 31);
+        place = chosen;
 #pragma unroll
         for (int i = 0; i < kMost; ++i)
             if (lane + 32 * i == place) score[i] = -3.4e38f;
         chosen_sum += best_p;
-        if (lane == 0) selected[token * choices + choice] = min(place, experts - 1), weights[token * choices + choice] = best_p;
+        if (lane == 0) selected[token * choices + choice] = place, weights[token * choices + choice] = best_p;
     }
     __syncwarp();
     if (lane < choices) weights[token * choices + lane] /= fmaxf(chosen_sum, norm_min);

@@ -8,6 +8,8 @@
 constexpr int kTokens = 8 * TOKEN_TILES;
 constexpr int kStrip = 64;               // columns of inputs in shared memory at a time
 constexpr int kStride = kStrip + 8;      // float16 numbers; an odd number of 16-byte units keeps ldmatrix free of conflicts
+constexpr int kStages = 3;             // strips in shared memory: one in use, two on their way
+constexpr int kStageBytes = kTokens * kStride * 2;
 constexpr int kUnits = kStrip / 8;       // 16-byte units of a row of a strip
 
 __device__ __forceinline__ void copy_async(u32 shared, const void* global, bool inside) {
@@ -32,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) trellis_multiply_many(
     const u16* __restrict__ x, const float* __restrict__ x_scale, const u32* __restrict__ words,
     const u16* __restrict__ scale, const int* __restrict__ offsets, float* __restrict__ out, int rows, int columns,
     int tokens) {
-    __shared__ __align__(16) u16 strips[2][kTokens * kStride];
+    extern __shared__ __align__(16) u16 strips[];  // (kStages, kTokens, kStride)
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int group = lane >> 2, quad = lane & 3;
     const int matrix = blockIdx.y, row_tile = blockIdx.x * WARPS + warp;
     const int begin = offsets ? offsets[matrix] : 0, end = offsets ? offsets[matrix + 1] : tokens;
     const bool works = row_tile < rows / 16;
     const int column_tiles = columns / 16, strip_count = (columns + kStrip - 1) / kStrip;
-    const u32 shared = (u32)__cvta_generic_to_shared(&strips[0][0]);
+    const u32 shared = (u32)__cvta_generic_to_shared(strips);
     // ldmatrix: lanes 0-7 and 8-15 name the rows of tokens 0-7 (columns 0-7, 8-15), lanes 16-31 those of 8-15.
     const u32 fragment = ((lane & 7) + (lane >> 4) * 8) * kStride + (lane >> 3 & 1) * 8;
     for (int start = begin + blockIdx.z * kTokens; start < end; start += gridDim.z * kTokens) {
@@ -48,16 +50,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) trellis_multiply_many(
         float sum[TOKEN_TILES][4] = {};
         Window ahead = reader.load(0);
         __syncthreads();  // nobody reads the strips of the tokens before any more
-        load_strip(shared, x, start, end, 0, columns);
+#pragma unroll
+        for (int strip = 0; strip < kStages - 1; ++strip)
+            load_strip(shared + strip * kStageBytes, x, start, end, strip, columns);
         for (int strip = 0; strip < strip_count; ++strip) {
-            const u32 here = shared + (strip & 1) * kTokens * kStride * 2;
-            if (strip + 1 < strip_count) {
-                load_strip(shared + (~strip & 1) * kTokens * kStride * 2, x, start, end, strip + 1, columns);
-                asm volatile("cp.async.wait_group 1;");
-            } else {
-                asm volatile("cp.async.wait_group 0;");
-            }
-            __syncthreads();
+            asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
+            __syncthreads();  // this strip is there, and the one before it is done with: its place is free
+            load_strip(shared + (strip + kStages - 1) % kStages * kStageBytes, x, start, end, strip + kStages - 1, columns);
+            const u32 here = shared + strip % kStages * kStageBytes;
             const int tiles = min(kStrip / 16, column_tiles - strip * (kStrip / 16));
 #pragma unroll
             for (int i = 0; i < kStrip / 16; ++i) {
@@ -84,8 +84,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) trellis_multiply_many(
                     multiply_tile(sum[n + 1], values, b[2], b[3]);
                 }
             }
-            __syncthreads();
         }
+        asm volatile("cp.async.wait_group 0;");
         if (!works) continue;
         const float factors[2] = {row_factor(scale, (size_t)matrix * rows + row_tile * 16 + group),
                                   row_factor(scale, (size_t)matrix * rows + row_tile * 16 + group + 8)};

@@ -1,0 +1,146 @@
+"""Encode groups of matrices, each with the Hessian of the input that they share, and hand them over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ernieq.convert.overlap import Sink
+from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.encode import EncodeOptions, EncodingResult, encode_batch, encode_matrices, input_signs
+from ernieq.model import DecoderLayer
+from ernieq.trellis import TrellisCode
+
+
+@dataclass
+class LayerReport:
+    """What happened in one layer.
+
+    Args:
+        index: number of the layer.
+        errors: proxy error of every encoded matrix, by its name within the layer.
+        expert_tokens: calibration tokens routed to every expert.
+        expert_trust: weight of every expert's own Hessian against its layer's, 0 to 1.
+        output_error: squared error of the layer's output against the bf16 model, relative to its power.
+    """
+
+    index: int
+    errors: dict[str, float] = field(default_factory=dict)
+    expert_tokens: list[int] = field(default_factory=list)
+    expert_trust: list[float] = field(default_factory=list)
+    output_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that read one input.
+
+    Args:
+        weights: name within the layer -> (out_features, in_features).
+        part: part of the model that they belong to.
+        signs: name of their input within the layer, which decides the signs of the rotation.
+        gram: (in_features, in_features) float32, mean of x x^T, on the device that works.
+    """
+
+    weights: Mapping[str, Tensor]
+    part: Part
+    signs: str
+    gram: Tensor
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The matrices of a group that get the same bits."""
+
+    weights: Mapping[str, Tensor]
+    bits: int
+    signs: str
+    gram: Tensor
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Jobs of one kind can be done together."""
+        return self.bits, self.signs, tuple(weight.shape for weight in self.weights.values())
+
+
+class GroupEncoder:
+    """Encodes groups of matrices of decoder layers.
+
+    Args:
+        recipe: bits and seed.
+        options: how matrices are encoded.
+        sink: receives the encoded matrices.
+        on_weights: called with the number of weights encoded since the last call.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: EncodeOptions,
+        sink: Sink,
+        on_weights: Callable[[int], None] | None = None,
+    ) -> None:
+        self._recipe = recipe
+        self._options = options
+        self._sink = sink
+        self._on_weights = on_weights
+
+    def encode(self, layer: int, groups: Sequence[Group]) -> dict[str, EncodingResult]:
+        """Encode groups of one layer; nothing is handed over yet.
+
+        A single group is encoded as the device does it best; of several, those that are alike go together.
+
+        Returns:
+            Name within the layer -> result, without the matrices that the recipe keeps.
+        """
+        kinds: dict[tuple[object, ...], list[_Job]] = {}
+        for group in groups:
+            for job in self._jobs(layer, group):
+                kinds.setdefault(job.kind, []).append(job)
+        encoded: dict[str, EncodingResult] = {}
+        for alike in kinds.values():
+            for results in self._encode_alike(layer, alike):
+                encoded |= results
+        return encoded
+
+    def hand_over(self, report: LayerReport, encoded: Mapping[str, EncodingResult]) -> None:
+        """Give encoded matrices of a layer to the sink and note their errors."""
+        for name, result in encoded.items():
+            self._sink.add_encoded(_full_name(report.index, name), result.encoded)
+            report.errors[name] = result.proxy_error
+
+    def _jobs(self, layer: int, group: Group) -> list[_Job]:
+        by_bits: dict[int, dict[str, Tensor]] = {}
+        for name, weight in group.weights.items():
+            bits = self._recipe.bits_of(_full_name(layer, name), group.part)
+            if bits != KEEP:
+                by_bits.setdefault(bits, {})[name] = weight
+        return [_Job(weights, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
+
+    def _encode_alike(self, layer: int, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
+        first = jobs[0]
+        code = TrellisCode(first.bits, self._recipe.encode.state_bits)
+        signs = self._signs(layer, first)
+        if len(jobs) == 1:
+            alone = encode_matrices(first.weights, first.gram, signs, code, self._options, self._on_weights)
+            return [alone]
+        stacks, grams = [job.weights for job in jobs], [job.gram for job in jobs]
+        return encode_batch(stacks, grams, signs, code, self._options, self._on_weights)
+
+    def _signs(self, layer: int, job: _Job) -> NDArray[np.int8]:
+        return input_signs(self._recipe.seed, _full_name(layer, job.signs), job.gram.shape[0])
+
+
+def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
+    """The plain linear of that name within a layer."""
+    module = layer.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _full_name(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{name}"

@@ -1,0 +1,57 @@
+"""What a conversion tells while it works, and what it says at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ernieq.convert.groups import LayerReport
+from ernieq.convert.plan import Plan
+from ernieq.convert.workplace import Workplace
+from ernieq.pack import CalibrationRecord
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a conversion tells while it works.
+
+    Args:
+        on_phase: a sentence when something new begins, or GPU memory has run out and batches become smaller.
+        on_weights: weights encoded since the last call.
+        on_layer: report of a finished layer.
+    """
+
+    on_phase: Callable[[str], None] = lambda _: None
+    on_weights: Callable[[int], None] = lambda _: None
+    on_layer: Callable[[LayerReport], None] = lambda _: None
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did."""
+
+    plan: Plan
+    calibration: CalibrationRecord
+    layers: list[LayerReport] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self, workplace: Workplace, seconds: float) -> dict[str, Any]:
+        """What the manifest keeps of it."""
+        return {
+            "seconds": round(seconds, 1),
+            "device": workplace.name,
+            "search_arithmetic": workplace.search_arithmetic,
+            "proxy_errors": {name: float(np.float32(error)) for name, error in self.errors.items()},
+            "layers": [
+                {
+                    "index": layer.index,
+                    "output_error": layer.output_error,
+                    "expert_tokens": layer.expert_tokens,
+                    "expert_trust": layer.expert_trust,
+                }
+                for layer in self.layers
+            ],
+        }

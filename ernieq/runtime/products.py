@@ -1,0 +1,122 @@
+"""Products with many rows: a part of the matrix is decoded to float16, and torch multiplies.
+
+Shapes: N rows, C input channels, R output channels, I inner width of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ernieq.kernels.token_step import cuda as token_step
+from ernieq.kernels.token_step.cuda import Rotated
+from ernieq.kernels.trellis_matmul import cuda as matmul
+from ernieq.runtime.cache import new_rotated
+from ernieq.runtime.plan import GatedPlan, ModelPlan, PackedMatrix, Product, Rotation, RoutedPlan
+from ernieq.trellis import TILE_SIDE
+
+# Up to this many rows the fused kernel decodes as it multiplies.
+FUSED_ROWS = 128
+
+# Decoded weights held at a time: 200 MB of float16, which are eight experts of the 21B model.
+_DECODED_WEIGHTS = 100 << 20
+
+# Numbers of an MLP's inner activations held at a time: 24 MB of float16 and 48 MB of float32 beside them.
+INNER_NUMBERS = 12 << 20
+
+
+class DecodingBuffer:
+    """The one place where weights are decoded to; what was there before is lost."""
+
+    def __init__(self, plan: ModelPlan, device: torch.device) -> None:
+        largest = max((expert_weights(layer.routed) for layer in plan.layers if layer.routed), default=0)
+        matrices = [part for layer in plan.layers for part in _parts(layer.gated, layer.qkv, layer.output)]
+        whole = max((matrix.rows * matrix.columns for matrix in matrices), default=0)
+        experts = max((layer.routed.experts for layer in plan.layers if layer.routed), default=0)
+        wanted = max(largest * experts, whole)  # a small model needs no more than all of itself
+        self._half = torch.empty(
+            max(min(_DECODED_WEIGHTS, wanted), largest), dtype=torch.float16, device=device
+        )
+
+    @property
+    def weights(self) -> int:
+        """How many weights fit."""
+        return self._half.numel()
+
+    def view(self, start: int, *shape: int) -> Tensor:
+        """A float16 tensor of this shape, ``start`` numbers behind the beginning."""
+        numbers = torch.Size(shape).numel()
+        return self._half[start : start + numbers].view(shape)
+
+    def decoded(self, matrix: PackedMatrix) -> Iterator[tuple[Tensor, int]]:
+        """Parts of a matrix from its top: (rows, C) float16 and the first row; one at a time is there."""
+        step = max(self.weights // matrix.columns // TILE_SIDE, 1) * TILE_SIDE
+        for start in range(0, matrix.rows, step):
+            stop = min(start + step, matrix.rows)
+            out = self.view(0, stop - start, matrix.columns)
+            words = matrix.words[start // TILE_SIDE : stop // TILE_SIDE]
+            matmul.decode(words, matrix.scale[start:stop], matrix.code, out=out)
+            yield out, start
+
+
+def expert_weights(routed: RoutedPlan) -> int:
+    """Weights of one expert."""
+    up, down = routed.gate_up, routed.down
+    return up.rows * up.columns + down.rows * down.columns
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Rotated:
+    """(N, C) float32 -> the rotated rows in float16, each with its scale."""
+    rotated = new_rotated(x.shape[0], x.shape[1], x.device)
+    token_step.rotate(x, rotation.signs, rotation.block, rotated)
+    return rotated
+
+
+def multiply(product: Product, rotated: Rotated, buffer: DecodingBuffer) -> Tensor:
+    """(N, C) -> (N, R) float32, bias included."""
+    rows = rotated.x.shape[0]
+    out = torch.empty(rows, product.rows, device=rotated.x.device)
+    if rows <= FUSED_ROWS and len(product.parts) == 1:
+        part = product.parts[0]
+        matmul.multiply(*rotated, part.words, part.scale, part.code, out=out)
+    elif rows <= FUSED_ROWS:
+        parts = [matmul.multiply(*rotated, part.words, part.scale, part.code) for part in product.parts]
+        torch.cat(parts, dim=1, out=out)
+    else:
+        half = torch.empty(rows, product.rows, dtype=torch.float16, device=out.device)
+        first = 0
+        for part in product.parts:
+            for weights, start in buffer.decoded(part):
+                place = slice(first + start, first + start + weights.shape[0])
+                torch.mm(rotated.x, weights.T, out=half[:, place])
+            first += part.rows
+        torch.mul(half, rotated.scale[:, None], out=out)
+    return out if product.bias is None else out.add_(product.bias)
+
+
+def run_gated(gated: GatedPlan, rotated: Rotated, buffer: DecodingBuffer) -> Tensor:
+    """An MLP over all rows: (N, H) rotated -> (N, H) float32, in parts that bound the inner activations."""
+    rows = rotated.x.shape[0]
+    out = torch.empty(rows, gated.down.rows, device=rotated.x.device)
+    step = max(INNER_NUMBERS // gated.gate_up.rows, 1)
+    for start in range(0, rows, step):
+        part = Rotated(rotated.x[start : start + step], rotated.scale[start : start + step])
+        inner = multiply(gated.gate_up, part, buffer)
+        activated = activate(inner, gated.down.rotation)
+        del inner
+        out[start : start + step] = multiply(gated.down, activated, buffer)
+    return out
+
+
+def activate(gate_up: Tensor, rotation: Rotation, row_scale: Tensor | None = None) -> Rotated:
+    """(N, 2 I) float32, or float16 with a scale per row -> the input of ``down``, (N, I), rotated."""
+    activated = new_rotated(gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device)
+    token_step.silu_mul_rotate(gate_up, rotation.signs, rotation.block, activated, row_scale=row_scale)
+    return activated
+
+
+def _parts(gated: GatedPlan | None, *products: Product) -> list[PackedMatrix]:
+    mlp = [] if gated is None else [gated.gate_up, gated.down]
+    return [part for product in (*products, *mlp) for part in product.parts]

@@ -1,0 +1,147 @@
+"""A conversion on a GPU loses what one on the CPU loses, and fits into the memory it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ernieq.bundled import bundled_model, calibration_texts
+from ernieq.calibrate import read_text_file
+from ernieq.checkpoint import open_checkpoint
+from ernieq.convert import CalibrationSettings, Conversion, ConversionReport, Recipe, default_recipe
+from ernieq.encode import EncodeOptions, encode_batch, encode_matrices, input_signs
+from ernieq.pack import PackedReader, verify_packed
+from ernieq.trellis import TrellisCode
+from tests.cli.quantizing import done, quantize, run
+from tests.convert.conversions import file_hashes, quick_recipe, write_words
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none"),
+]
+
+Tiny = Callable[..., Path]
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+VRAM = 4_000_000_000
+
+
+def convert_on(
+    device: torch.device, source: Path, out: Path, recipe: Recipe, texts: list[Path], vram: int | None = None
+) -> ConversionReport:
+    calibration = [read_text_file(text) for text in texts]
+    conversion = Conversion(
+        open_checkpoint(source),
+        str(source),
+        recipe,
+        calibration,
+        EncodeOptions(),
+        device=device,
+        vram_bytes=vram,
+    )
+    return conversion.run(out, overwrite=False, card=lambda _: "# a test\n")
+
+
+def assert_alike(found: ConversionReport, wanted: ConversionReport) -> None:
+    """Proxy errors within 5 % in the mean of every kind of matrix; a single small one may differ more."""
+    assert found.errors.keys() == wanted.errors.keys()
+    kinds: dict[str, list[float]] = {}
+    for name, error in wanted.errors.items():
+        kinds.setdefault(name.split(".")[-1], []).append(found.errors[name] / error)
+    for kind, ratios in kinds.items():
+        assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05), kind
+    for layer, expected in zip(found.layers, wanted.layers, strict=True):
+        assert sum(layer.expert_tokens) == sum(expected.expert_tokens)
+        assert layer.output_error == pytest.approx(expected.output_error, rel=0.1)
+
+
+def test_nano_on_the_gpu_has_the_errors_of_the_cpu_and_verifies(tmp_path: Path) -> None:
+    recipe = default_recipe(2)
+    recipe = dataclasses.replace(
+        recipe,
+        encode=dataclasses.replace(recipe.encode, state_bits=12),
+        calibration=CalibrationSettings(windows=16, window=512),
+    )
+    texts = [text.path for text in calibration_texts()]
+    reports = {
+        device: convert_on(device, bundled_model(), tmp_path / device.type, recipe, texts)
+        for device in (CPU, GPU)
+    }
+    assert_alike(reports[GPU], reports[CPU])
+    verify_packed(tmp_path / "cuda")
+    manifest = PackedReader(tmp_path / "cuda").manifest.report
+    assert manifest["device"] == torch.cuda.get_device_name(0)
+    assert manifest["search_arithmetic"] == "float16"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"moe": False, "use_bias": True}, {"tied": False, "dtype": torch.float16}], ids=str
+)
+def test_small_models_of_every_kind_convert_on_the_gpu(
+    tiny: Tiny, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = tiny(hidden=128, intermediate=192, expert_width=64, heads=8, **options)
+    text = write_words(tmp_path / "words.txt", 4000)
+    reports = {
+        device: convert_on(device, source, tmp_path / device.type, quick_recipe(windows=64), [text])
+        for device in (CPU, GPU)
+    }
+    assert_alike(reports[GPU], reports[CPU])
+    verify_packed(tmp_path / "cuda")
+
+
+def test_streams_beside_the_gpu_give_the_result_of_streams_on_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, text = tiny(hidden=128, expert_width=64), write_words(tmp_path / "words.txt", 4000)
+    on = convert_on(GPU, source, tmp_path / "on", quick_recipe(windows=64), [text], VRAM)
+    monkeypatch.setattr("ernieq.convert.workplace.stay_on_gpu", lambda *_: False)
+    monkeypatch.setattr("ernieq.calibrate.mlp.SEGMENT_TOKENS", 300)
+    beside = convert_on(GPU, source, tmp_path / "beside", quick_recipe(windows=64), [text], VRAM)
+    assert_alike(beside, on)
+
+
+def test_the_same_conversion_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+    source, text = tiny(), write_words(tmp_path / "words.txt", 4000)
+    for name in ("one", "again"):
+        convert_on(GPU, source, tmp_path / name, quick_recipe(), [text], VRAM)
+    assert file_hashes(tmp_path / "one", "*.safetensors") == file_hashes(tmp_path / "again", "*.safetensors")
+
+
+def test_memory_stays_within_what_was_given(tiny: Tiny, tmp_path: Path) -> None:
+    source, text = tiny(hidden=128, expert_width=64), write_words(tmp_path / "words.txt", 4000)
+    torch.cuda.reset_peak_memory_stats()
+    convert_on(GPU, source, tmp_path / "packed", quick_recipe(), [text], VRAM)
+    assert torch.cuda.max_memory_reserved() <= VRAM
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_hessians_collected_on_the_gpu_are_taken_by_both(tiny: Tiny, tmp_path: Path) -> None:
+    source, text = tiny(), write_words(tmp_path / "words.txt")
+    sample = ("--windows", "4", "--window", "32", "--text", text)
+    done(run("calibrate", source, *sample, "--device", "cuda", "--vram", "4", "--out", tmp_path / "hessians"))
+    for device in ("cuda", "cpu"):
+        stored = ("--hessians", tmp_path / "hessians", "--device", device)
+        done(quantize(source, tmp_path / device, *stored))
+        verify_packed(tmp_path / device)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_a_batch_on_the_gpu_has_the_proxy_errors_of_the_cpu(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(256, 256, generator=generator)
+    inputs = torch.randn(2048, 256, generator=generator) @ mixing
+    hessian, signs, code = inputs.T @ inputs / 2048, input_signs(0, "g", 256), TrellisCode(bits, 16)
+    stacks = [{"w": torch.randn(128, 256, generator=generator)} for _ in range(3)]
+    found = encode_batch(
+        [{"w": stack["w"].to(GPU)} for stack in stacks], [hessian.to(GPU)] * 3, signs, code, EncodeOptions()
+    )
+    for stack, result in zip(stacks, found, strict=True):
+        expected = encode_matrices(stack, hessian, signs, code, EncodeOptions())["w"]
+        assert result["w"].proxy_error == pytest.approx(expected.proxy_error, rel=0.05)
+        alone = encode_matrices({"w": stack["w"].to(GPU)}, hessian.to(GPU), signs, code, EncodeOptions())["w"]
+        assert alone.proxy_error == pytest.approx(expected.proxy_error, rel=0.05)
