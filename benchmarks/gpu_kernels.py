@@ -1,4 +1,4 @@
-"""Every GPU kernel at the shapes of the 21B model, beside its floors: bytes over bandwidth, operations over rate.
+"""Every GPU kernel at the shapes of the 21B model, beside its floors: bytes and operations over their rates.
 
 python benchmarks/gpu_kernels.py --out benchmarks/results/gpu_kernels.json
 
@@ -9,7 +9,8 @@ The last lines compare the CUDA C++ product with the same one in Triton.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ HIDDEN, EXPERT, SHARED, EXPERTS, CHOICES, VOCABULARY = 2560, 1536, 3072, 64, 6, 
 HEADS, KV_HEADS, HEAD_DIM = 20, 4, 128
 
 
-def graph_seconds(runs: list[Callable[[], Any]], repeats: int = 20) -> float:
+def graph_seconds(runs: Sequence[Callable[[], Any]], repeats: int = 20) -> float:
     """Median seconds of one of several equal runs, replayed as one graph."""
     for run in runs:
         run()
@@ -53,7 +54,8 @@ def copy_bandwidth() -> float:
     """Bytes read and written a second by a large copy on the GPU."""
     source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda").view(torch.float32)
     target = torch.empty_like(source)
-    return 2 * 4 * source.numel() / graph_seconds([lambda: torch.add(source, 1, out=target)])
+    moved = 2 * 4 * source.numel()
+    return moved / graph_seconds([partial(torch.add, source, 1, out=target)])
 
 
 def packed(rows: int, columns: int, code: TrellisCode, matrices: int = 1) -> tuple[Tensor, Tensor]:
@@ -69,8 +71,6 @@ def tokens_of(count: int, width: int) -> tuple[Tensor, Tensor]:
 
 def measure_search(bits: int, state_bits: int, first_pass: int) -> dict[str, Any]:
     """Squared error and speed of the search on Gaussian tiles."""
-    from ernieq.kernels.viterbi.half_reference import round_targets  # noqa: F401 - the truth of what runs here
-
     code = TrellisCode(bits, state_bits)
     tiles = torch.cuda.get_device_properties(0).multi_processor_count * 64 * (1 if state_bits == 16 else 4)
     generator = torch.Generator("cuda").manual_seed(0)
@@ -106,7 +106,8 @@ def measure_search(bits: int, state_bits: int, first_pass: int) -> dict[str, Any
 def issue_rate() -> float:
     """Lane instructions a second at the highest clock: 128 lanes a multiprocessor and cycle."""
     properties = torch.cuda.get_device_properties(0)
-    return properties.multi_processor_count * 128 * float(describe_gpu()["max_sm_clock_mhz"]) * 1e6
+    rate: float = properties.multi_processor_count * 128 * float(describe_gpu()["max_sm_clock_mhz"]) * 1e6
+    return rate
 
 
 def timed(
@@ -129,66 +130,57 @@ def timed(
 def measure_products(bandwidth: float) -> list[dict[str, Any]]:
     """Fused products of one and more tokens, and decoding."""
     rows = []
-    two, four, six = TrellisCode(2), TrellisCode(4), TrellisCode(6)
-    for code, shape, name in (
-        (four, (3072, HIDDEN), "q, k, v"),
-        (four, (HIDDEN, HIDDEN), "o"),
-        (four, (2 * SHARED, HIDDEN), "shared gate and up"),
-        (four, (HIDDEN, SHARED), "shared down"),
-        (six, (VOCABULARY, HIDDEN), "head"),
+    for bits, shape, name in (
+        (4, (3072, HIDDEN), "q, k, v"),
+        (4, (HIDDEN, HIDDEN), "o"),
+        (4, (2 * SHARED, HIDDEN), "shared gate and up"),
+        (4, (HIDDEN, SHARED), "shared down"),
+        (6, (VOCABULARY, HIDDEN), "head"),
     ):
+        code, weights = TrellisCode(bits), shape[0] * shape[1]
         sets = [packed(*shape, code) for _ in range(3 if shape[0] > 10000 else 24)]
         for tokens in (1, 8):
             x = tokens_of(tokens, shape[1])
-            runs = [lambda w=w, s=s, x=x, c=code: products.multiply(*x, w[0], s[0], c) for w, s in sets]
-            weights = shape[0] * shape[1]
-            moved = weights * code.bits_per_weight / 8
-            rows.append(
-                timed(f"multiply {name}, {tokens} tokens", graph_seconds(runs), moved, bandwidth, weights)
-            )
-    for code in (two, four):
-        for shape, name in (((2 * EXPERT, HIDDEN), "gate and up"), ((HIDDEN, EXPERT), "down")):
-            words, scale = packed(*shape, code, EXPERTS)
-            shared_input = name != "down"
-            for tokens in (1, 8):
-                x = tokens_of(tokens if shared_input else tokens * CHOICES, shape[1])
-                picks = [
-                    torch.stack([torch.randperm(EXPERTS, device="cuda")[:CHOICES] for _ in range(tokens)]).int()
-                    for _ in range(8)
-                ]
-                runs = [
-                    lambda p=p, x=x, w=words, s=scale, c=code, i=shared_input: products.multiply_selected(
-                        *x, w, s, c, p, i
-                    )
-                    for p in picks
-                ]
-                weights = shape[0] * shape[1] * tokens * CHOICES
-                moved = weights * code.bits_per_weight / 8
-                label = f"{code.bits_per_weight} bits, {name} of {CHOICES} experts, {tokens} tokens"
-                rows.append(timed(label, graph_seconds(runs), moved, bandwidth, weights))
-            for count in (8, 32, 128):
-                x = tokens_of(count * EXPERTS, shape[1])
-                offsets = torch.arange(0, (EXPERTS + 1) * count, count, dtype=torch.int32, device="cuda")
-                run = lambda: products.multiply_grouped(*x, words, scale, code, offsets)  # noqa: B023, E731
-                weights = shape[0] * shape[1] * EXPERTS
-                label = f"{code.bits_per_weight} bits, {name}, grouped, {count} tokens an expert"
-                moved = weights * code.bits_per_weight / 8
-                rows.append(
-                    timed(label, graph_seconds([run], 5), moved, bandwidth, weights, 2 * weights * count)
-                )
-            out = torch.empty(8 * shape[0], shape[1], dtype=torch.float16, device="cuda")
-            run = lambda: products.decode(words[:8].flatten(0, 1), scale[:8].flatten(), code, out=out)  # noqa: B023, E731
-            weights = 8 * shape[0] * shape[1]
-            moved = weights * (code.bits_per_weight / 8 + 2)
-            rows.append(
-                timed(
-                    f"{code.bits_per_weight} bits, decode to float16",
-                    graph_seconds([run]),
-                    moved,
-                    bandwidth,
-                    weights,
-                )
-            )
+            runs = [partial(products.multiply, *x, words[0], scale[0], code) for words, scale in sets]
+            label = f"multiply {name}, {tokens} tokens"
+            rows.append(timed(label, graph_seconds(runs), weights * bits / 8, bandwidth, weights))
+    for bits in (2, 4):
+        rows += measure_experts(TrellisCode(bits), (2 * EXPERT, HIDDEN), "gate and up", bandwidth)
+        rows += measure_experts(TrellisCode(bits), (HIDDEN, EXPERT), "down", bandwidth)
+    return rows
+
+
+def measure_experts(
+    code: TrellisCode, shape: tuple[int, int], name: str, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Products with the experts of a layer: selected, grouped, and decoded to float16."""
+    words, scale = packed(*shape, code, EXPERTS)
+    matrix, bits = shape[0] * shape[1], code.bits_per_weight
+    shared_input = name != "down"
+    rows = []
+    for tokens in (1, 8):
+        x = tokens_of(tokens if shared_input else tokens * CHOICES, shape[1])
+        order = torch.rand(8, tokens, EXPERTS, device="cuda").argsort(dim=-1)
+        selections = order[..., :CHOICES].int().contiguous()
+        runs = [
+            partial(products.multiply_selected, *x, words, scale, code, selected, shared_input)
+            for selected in selections
+        ]
+        weights = matrix * tokens * CHOICES
+        label = f"{bits} bits, {name} of {CHOICES} experts, {tokens} tokens"
+        rows.append(timed(label, graph_seconds(runs), weights * bits / 8, bandwidth, weights))
+    weights = matrix * EXPERTS
+    for count in (8, 32, 128, 384):
+        x = tokens_of(count * EXPERTS, shape[1])
+        offsets = torch.arange(0, (EXPERTS + 1) * count, count, dtype=torch.int32, device="cuda")
+        run = partial(products.multiply_grouped, *x, words, scale, code, offsets)
+        label = f"{bits} bits, {name}, grouped, {count} tokens an expert"
+        seconds, moved = graph_seconds([run], 5), weights * bits / 8
+        rows.append(timed(label, seconds, moved, bandwidth, weights, 2 * weights * count))
+    out = torch.empty(8 * shape[0], shape[1], dtype=torch.float16, device="cuda")
+    run = partial(products.decode, words[:8].flatten(0, 1), scale[:8].flatten(), code, out=out)
+    moved = 8 * matrix * (bits / 8 + 2)
+    rows.append(timed(f"{bits} bits, decode to float16", graph_seconds([run]), moved, bandwidth, 8 * matrix))
     return rows
 
 
@@ -202,17 +194,17 @@ def measure_token_step(bandwidth: float) -> list[dict[str, Any]]:
     out = step.Rotated(
         torch.empty(1, HIDDEN, dtype=torch.float16, device="cuda"), torch.empty(1, device="cuda")
     )
-    run = lambda: step.add_norm_rotate(hidden, delta, experts, weights, norm, 1e-5, signs, 128, out, normed)  # noqa: E731
+    run = partial(step.add_norm_rotate, hidden, delta, experts, weights, norm, 1e-5, signs, 128, out, normed)
     rows.append(timed("add, norm, rotate", graph_seconds([run] * 20), 4 * HIDDEN * 10, bandwidth))
     router, bias = torch.randn(EXPERTS, HIDDEN, device="cuda"), torch.zeros(EXPERTS, device="cuda")
     selected = torch.empty(1, CHOICES, dtype=torch.int32, device="cuda")
-    run = lambda: step.route(normed, router, bias, 1e-12, selected, weights)  # noqa: E731
+    run = partial(step.route, normed, router, bias, 1e-12, selected, weights)
     rows.append(timed("route", graph_seconds([run] * 20), 4 * HIDDEN * EXPERTS, bandwidth))
     gate_up = torch.randn(CHOICES, 2 * EXPERT, device="cuda")
     inner = step.Rotated(
         torch.empty(CHOICES, EXPERT, dtype=torch.float16, device="cuda"), torch.empty(CHOICES, device="cuda")
     )
-    run = lambda: step.silu_mul_rotate(gate_up, signs[:EXPERT], 128, inner)  # noqa: E731
+    run = partial(step.silu_mul_rotate, gate_up, signs[:EXPERT], 128, inner)
     rows.append(timed("silu, multiply, rotate", graph_seconds([run] * 20), 10 * CHOICES * EXPERT, bandwidth))
     qkv = torch.randn(1, (HEADS + 2 * KV_HEADS) * HEAD_DIM, device="cuda")
     angles = torch.zeros(32768, HEAD_DIM // 2, 2, device="cuda")
@@ -222,7 +214,7 @@ def measure_token_step(bandwidth: float) -> list[dict[str, Any]]:
         for splits in (32, 64, 128):
             position = torch.tensor([place], dtype=torch.int32, device="cuda")
             space = torch.empty(step.attend_workspace(1, HEADS, HEAD_DIM, splits), device="cuda")
-            run = lambda: step.attend(qkv, angles, keys, values, position, context, space, splits)  # noqa: B023, E731
+            run = partial(step.attend, qkv, angles, keys, values, position, context, space, splits)
             moved = 2 * 2 * KV_HEADS * HEAD_DIM * (place + 1)
             rows.append(
                 timed(f"attend, {place + 1} keys, {splits} splits", graph_seconds([run] * 20), moved, bandwidth)
@@ -243,12 +235,10 @@ def compare_with_triton(bandwidth: float) -> list[dict[str, Any]]:
             found = triton_product.multiply(x[0], *sets[0], ahead, warps)
             error = float((found - wanted[0]).norm() / wanted.norm())
             assert error < 1e-3, error
-            runs = [
-                lambda w=w, s=s, a=ahead, n=warps: triton_product.multiply(x[0], w, s, a, n) for w, s in sets
-            ]
+            runs = [partial(triton_product.multiply, x[0], *one, ahead, warps) for one in sets]
             label = f"Triton, {ahead} tiles at a time, {warps} warps"
             rows.append(timed(label, graph_seconds(runs), weights / 4, bandwidth, weights))
-    runs = [lambda w=w, s=s: products.multiply(*x, w[0], s[0], code) for w, s in sets]
+    runs = [partial(products.multiply, *x, words[0], scale[0], code) for words, scale in sets]
     return [
         min(rows, key=lambda row: row["microseconds"]),
         timed("CUDA C++", graph_seconds(runs), weights / 4, bandwidth, weights),
@@ -270,17 +260,18 @@ def main() -> None:
         measure_search(2, 12, FULL_FIRST_PASS),
     ]
     for row in searches:
+        speed, share = row["weights_per_second"] / 1e6, 100 * row["share_of_floor"]
         print(
-            f"{row['code']}, first pass {row['first_pass_steps']}: {row['weights_per_second'] / 1e6:.1f} M weights/s, "
-            f"{100 * row['share_of_floor']:.0f} % of the issue floor, mse {row['mse']:.5f}"
+            f"{row['code']}, first pass {row['first_pass_steps']}: {speed:.1f} M weights/s, "
+            f"{share:.0f} % of the issue floor, mse {row['mse']:.5f}"
         )
     rows = measure_products(bandwidth) + measure_token_step(bandwidth)
     compared = compare_with_triton(bandwidth)
     for row in rows + compared:
-        print(
-            f"{row['microseconds']:9.2f} us  floors {row['floor_bytes_microseconds']:7.2f} {row['floor_decode_microseconds']:7.2f}  "
-            f"{row['gigabytes_per_second']:6.0f} GB/s {row['gigaweights_per_second']:6.0f} Gw/s {row['teraflops']:5.0f} TF  {row['kernel']}"
-        )
+        floors = f"{row['floor_bytes_microseconds']:7.2f} {row['floor_decode_microseconds']:7.2f}"
+        rates = f"{row['gigabytes_per_second']:6.0f} GB/s {row['gigaweights_per_second']:6.0f} Gw/s"
+        teraflops = f"{row['teraflops']:5.0f} TF"
+        print(f"{row['microseconds']:9.2f} us  floors {floors}  {rates} {teraflops}  {row['kernel']}")
     if arguments.out:
         write_result(
             arguments.out,

@@ -1,7 +1,7 @@
 """The product of one token with a 2-bit matrix in Triton: what the CUDA C++ kernels are compared with.
 
-Triton can't hand a lane the registers of a tensor-core operand that it has decoded itself, so the tile is decoded
-as a tensor and summed without them.
+Triton can't hand a lane the registers of a tensor-core operand that it has decoded itself, so the tile is
+decoded as a tensor and summed without them.
 """
 
 from __future__ import annotations

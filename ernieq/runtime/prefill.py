@@ -122,7 +122,7 @@ class Prefill:
             own = layer.gated.gate_up.rotation
             hidden += run_gated(layer.gated, rotated if own is rotation else rotate(normed, own), self._buffer)
         if layer.routed is not None:
-            add_routed(hidden, normed, rotated, layer.routed, config.moe_k, config.moe_norm_min, self._buffer)
+            add_routed(hidden, normed, rotated, layer.routed, config.moe_k, config.moe_norm_min)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(hidden, hidden.shape[-1:], weight, self._plan.config.rms_norm_eps)

@@ -14,13 +14,13 @@ from ernieq.kernels.token_step import cuda as token_step
 from ernieq.kernels.token_step.cuda import Rotated
 from ernieq.kernels.trellis_matmul import cuda as matmul
 from ernieq.runtime.cache import new_rotated
-from ernieq.runtime.plan import GatedPlan, ModelPlan, PackedMatrix, Product, Rotation, RoutedPlan
+from ernieq.runtime.plan import GatedPlan, ModelPlan, PackedMatrix, Product, Rotation
 from ernieq.trellis import TILE_SIDE
 
 # Up to this many rows the fused kernel decodes as it multiplies.
 FUSED_ROWS = 128
 
-# Decoded weights held at a time: 200 MB of float16, which are eight experts of the 21B model.
+# Decoded weights held at a time: at most 200 MB of float16.
 _DECODED_WEIGHTS = 100 << 20
 
 # Numbers of an MLP's inner activations held at a time: 24 MB of float16 and 48 MB of float32 beside them.
@@ -31,14 +31,9 @@ class DecodingBuffer:
     """The one place where weights are decoded to; what was there before is lost."""
 
     def __init__(self, plan: ModelPlan, device: torch.device) -> None:
-        largest = max((expert_weights(layer.routed) for layer in plan.layers if layer.routed), default=0)
         matrices = [part for layer in plan.layers for part in _parts(layer.gated, layer.qkv, layer.output)]
         whole = max((matrix.rows * matrix.columns for matrix in matrices), default=0)
-        experts = max((layer.routed.experts for layer in plan.layers if layer.routed), default=0)
-        wanted = max(largest * experts, whole)  # a small model needs no more than all of itself
-        self._half = torch.empty(
-            max(min(_DECODED_WEIGHTS, wanted), largest), dtype=torch.float16, device=device
-        )
+        self._half = torch.empty(min(_DECODED_WEIGHTS, whole), dtype=torch.float16, device=device)
 
     @property
     def weights(self) -> int:
@@ -59,12 +54,6 @@ class DecodingBuffer:
             words = matrix.words[start // TILE_SIDE : stop // TILE_SIDE]
             matmul.decode(words, matrix.scale[start:stop], matrix.code, out=out)
             yield out, start
-
-
-def expert_weights(routed: RoutedPlan) -> int:
-    """Weights of one expert."""
-    up, down = routed.gate_up, routed.down
-    return up.rows * up.columns + down.rows * down.columns
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Rotated:
@@ -110,10 +99,10 @@ def run_gated(gated: GatedPlan, rotated: Rotated, buffer: DecodingBuffer) -> Ten
     return out
 
 
-def activate(gate_up: Tensor, rotation: Rotation, row_scale: Tensor | None = None) -> Rotated:
-    """(N, 2 I) float32, or float16 with a scale per row -> the input of ``down``, (N, I), rotated."""
+def activate(gate_up: Tensor, rotation: Rotation) -> Rotated:
+    """(N, 2 I) float32 -> the input of ``down``, (N, I), rotated."""
     activated = new_rotated(gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device)
-    token_step.silu_mul_rotate(gate_up, rotation.signs, rotation.block, activated, row_scale=row_scale)
+    token_step.silu_mul_rotate(gate_up, rotation.signs, rotation.block, activated)
     return activated
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 
@@ -63,9 +64,10 @@ class PackedRuntime:
         sampling = [*state, *self._sampler.state]
         captured = graph and device.type == "cuda"
         self._replay = Replay(self._step.run, state, captured=captured)
-        self._replay_greedy = Replay(self._choose_and_step, sampling, captured=captured)
+        own = weakref.proxy(self)  # a cycle would hold the GPU's memory until the next garbage collection
+        self._replay_greedy = Replay(lambda: own._choose_and_step(), sampling, captured=captured)
         self._replay_drawn = Replay(
-            self._draw_and_step, sampling, captured=captured, generators=[self._sampler.generator]
+            lambda: own._draw_and_step(), sampling, captured=captured, generators=[self._sampler.generator]
         )
         self._sampling = self._replay_greedy
 

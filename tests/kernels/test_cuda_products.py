@@ -193,29 +193,13 @@ def test_attention(heads: int, kv_heads: int, head_dim: int, splits: int) -> Non
     assert moved.tolist() == [1, 6, 100]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_sums_of_gathered_rows(dtype: torch.dtype) -> None:
+def test_sums_of_gathered_rows() -> None:
     from ernieq.kernels.token_step import cuda
 
     generator = torch.Generator().manual_seed(12)
-    hidden, rows = (
-        torch.randn(5, 1120, generator=generator),
-        torch.randn(15, 1120, generator=generator).to(dtype),
-    )
+    hidden, rows = torch.randn(5, 1120, generator=generator), torch.randn(15, 1120, generator=generator)
     places = torch.randperm(15, generator=generator).view(5, 3)
     factors = torch.rand(5, 3, generator=generator)
     found = hidden.cuda()
     cuda.add_gathered(found, rows.cuda(), places.cuda(), factors.cuda())
-    assert relative(found, hidden + (rows.float()[places] * factors[..., None]).sum(dim=1)) < 1e-6
-
-
-def test_activations_of_half_rows() -> None:
-    from ernieq.kernels.token_step import cuda
-
-    generator = torch.Generator().manual_seed(13)
-    gate_up, factor = torch.randn(3, 2 * 192, generator=generator).half(), torch.tensor([0.5, 1.0, 4.0])
-    signs = (torch.randint(0, 2, (192,), generator=generator) * 2 - 1).to(torch.int8)
-    out = cuda.Rotated(torch.empty(3, 192, dtype=torch.float16, device="cuda"), torch.empty(3, device="cuda"))
-    cuda.silu_mul_rotate(gate_up.cuda(), signs.cuda(), 64, out, row_scale=factor.cuda())
-    wanted = step_reference.silu_mul_rotated(gate_up.float() * factor[:, None], signs, 64)
-    assert relative(out.x.float() * out.scale[:, None], wanted) < 5e-4
+    assert relative(found, hidden + (rows[places] * factors[..., None]).sum(dim=1)) < 1e-6

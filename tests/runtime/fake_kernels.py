@@ -27,7 +27,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("decode", "multiply", "multiply_selected", "multiply_grouped"):
         monkeypatch.setattr(matmul, name, globals()[name])
     for name in (
-        "rotate", "add_norm_rotate", "route", "attend", "attend_workspace", "silu_mul_rotate", "add_gathered", "advance",
+        "rotate", "add_norm_rotate", "route", "attend", "attend_workspace", "silu_mul_rotate", "add_gathered",
+        "advance",
     ):  # fmt: skip
         monkeypatch.setattr(token_step, name, globals()[name])
 
@@ -152,12 +153,7 @@ def attend_workspace(tokens: int, heads: int, head_dim: int, splits: int) -> int
     return tokens * heads * splits * (head_dim + 2)
 
 
-def silu_mul_rotate(
-    gate_up: Tensor, signs: Tensor, block: int, out: Rotated, *, row_scale: Tensor | None = None
-) -> None:
-    if row_scale is not None:
-        assert gate_up.dtype == torch.float16
-        gate_up = gate_up.float() * row_scale[:, None]
+def silu_mul_rotate(gate_up: Tensor, signs: Tensor, block: int, out: Rotated) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     rotate((functional.silu(gate) * up).contiguous(), signs, block, out)
 

@@ -10,7 +10,7 @@ import torch
 
 from ernieq.load import load_model
 from ernieq.model import ErnieForCausalLM, ModelConfig
-from ernieq.runtime import PackedRuntime, prefill, products, routed
+from ernieq.runtime import PackedRuntime, prefill, products
 from tests.runtime.models import (
     DENSE,
     NO_SHARED,
@@ -86,8 +86,6 @@ def test_a_prompt_in_parts_through_decoded_weights_gives_the_same(
     monkeypatch.setattr(products, "FUSED_ROWS", 0)
     monkeypatch.setattr(products, "_DECODED_WEIGHTS", 9000)
     monkeypatch.setattr(products, "INNER_NUMBERS", 2000)
-    monkeypatch.setattr(routed, "INNER_NUMBERS", 2000)
-    monkeypatch.setattr(routed, "_GROUPED_ROWS", 0)
     plain, packed = models(write_packed(tmp_path / "packed", SMALL, mixed_bits))
     ids = tokens(161, batch=2)
     runtime = PackedRuntime(packed, max_tokens=200, batch=2)

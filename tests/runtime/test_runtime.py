@@ -12,7 +12,7 @@ from torch import Tensor
 from ernieq.errors import BackendUnavailableError, NonFiniteError, ShapeError, UsageError
 from ernieq.load import load_model
 from ernieq.model import ErnieForCausalLM, KVCache, ModelConfig, ParameterRole
-from ernieq.runtime import PackedRuntime, prefill, products, routed
+from ernieq.runtime import PackedRuntime, prefill, products
 from tests.load.packed_model import by_role, write_model
 from tests.runtime import fake_kernels
 from tests.runtime.models import (
@@ -98,8 +98,6 @@ def test_a_prompt_in_parts_through_decoded_weights_gives_the_same(
     monkeypatch.setattr(products, "FUSED_ROWS", 0)
     monkeypatch.setattr(products, "_DECODED_WEIGHTS", numbers)
     monkeypatch.setattr(products, "INNER_NUMBERS", numbers // 4)
-    monkeypatch.setattr(routed, "INNER_NUMBERS", 400)  # four rows at a time
-    monkeypatch.setattr(routed, "_GROUPED_ROWS", 0)
     plain, packed = model_pair(write_packed(tmp_path / "packed", SMALL, mixed_bits))
     ids = tokens(PROMPT + 1, batch=2)
     runtime = PackedRuntime(packed, max_tokens=64, batch=2, graph=False)

@@ -1,8 +1,8 @@
 """Compile CUDA C++ with NVRTC and launch it on torch's current stream.
 
 NVRTC and the driver's loader come through ``cuda-core``; torch's CUDA wheels bring NVRTC itself, so a user
-needs no compiler. The sources need no header of CUDA. A kernel is compiled once per process, GPU kind and set of
-constants (a second or less), when it is first used.
+needs no compiler. The sources need no header of CUDA. A kernel is compiled once per process, GPU kind and set
+of constants (a second or less), when it is first used.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def _apply_on_gpu(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        rotated = (blocks @ matrix).flatten(-2)
+        rotated: Tensor = (blocks @ matrix).flatten(-2)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     return rotated * signs if inverse else rotated

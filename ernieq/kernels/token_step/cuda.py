@@ -7,7 +7,7 @@ selected, I expert width, D head dimension.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,23 +50,17 @@ def rotate(x: Tensor, signs: Tensor, block: int, out: Rotated) -> None:
     _launch_rows("rotate_rows", block, rows, width, x, signs, out.x, out.scale, width)
 
 
-def silu_mul_rotate(
-    gate_up: Tensor, signs: Tensor, block: int, out: Rotated, *, row_scale: Tensor | None = None
-) -> None:
+def silu_mul_rotate(gate_up: Tensor, signs: Tensor, block: int, out: Rotated) -> None:
     """The input of a down projection: ``silu(gate) * up``, rotated and rounded to float16.
 
     Args:
-        gate_up: (N, 2 I) float32, gate first; or float16 with ``row_scale``.
+        gate_up: (N, 2 I) float32, gate first.
         signs: (I,) int8.
         block: side of the Hadamard blocks.
         out: (N, I).
-        row_scale: (N,) float32, what the rows of a float16 ``gate_up`` are multiplied by.
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if row_scale is None:
-        _launch_rows("silu_mul_rotate_rows", block, rows, width, gate_up, signs, *out, width)
-    else:
-        _launch_rows("silu_mul_rotate_half_rows", block, rows, width, gate_up, row_scale, signs, *out, width)
+    _launch_rows("silu_mul_rotate_rows", block, rows, width, gate_up, signs, *out, width)
 
 
 def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) -> None:
@@ -74,14 +68,13 @@ def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) 
 
     Args:
         hidden: (N, H) float32, changed in place: ``+ sum_i factors[:, i] rows[places[:, i]]``.
-        rows: (P, H) float32 or float16.
+        rows: (P, H) float32.
         places: (N, k) int64.
         factors: (N, k) float32.
     """
     tokens, width = hidden.shape
-    name = "add_gathered_rows" if rows.dtype == torch.float32 else "add_gathered_half_rows"
     with torch.cuda.device(hidden.device):
-        kernel = _kernel("token_step.cu", name)
+        kernel = _kernel("token_step.cu", "add_gathered_rows")
         kernel((tokens,), 256, hidden, rows, places, factors, places.shape[1], width)
 
 
@@ -116,7 +109,8 @@ def add_norm_rotate(
     x, scale = (None, None) if out is None else out
     _launch_rows(
         "add_norm_rotate_rows", block, tokens, width,
-        hidden, delta, expert_out, expert_weights, choices, norm_weight, float(eps), signs, x, scale, normed, width,
+        hidden, delta, expert_out, expert_weights, choices, norm_weight, float(eps), signs, x, scale, normed,
+        width,
     )  # fmt: skip
 
 
@@ -204,12 +198,17 @@ def _launch_rows(name: str, block: int, rows: int, width: int, *arguments: Tenso
 
 
 def _kernel(source: str, name: str, **constants: int) -> CudaKernel:
+    return _kernel_on(torch.cuda.current_device(), source, name, **constants)
+
+
+@lru_cache(maxsize=256)
+def _kernel_on(_device: int, source: str, name: str, **constants: int) -> CudaKernel:
     return cuda_kernel(_HERE / source, name, **constants)
 
 
 @cache
 def _route_buffers(device: torch.device, _stream: int) -> tuple[Tensor, Tensor]:
-    """Logits, and how many blocks of a token are done: zeros between launches, so one pair per stream will do."""
+    """Logits, and how many blocks of a token are done: zeros between launches, so one pair a stream will do."""
     return (
         torch.empty(1024, MOST_EXPERTS, dtype=torch.float32, device=device),
         torch.zeros(1024, dtype=torch.int32, device=device),

@@ -114,57 +114,6 @@ extern "C" __global__ void silu_mul_rotate_rows(const float* __restrict__ gate_u
         out + (size_t)blockIdx.x * width, scale + blockIdx.x);
 }
 
-__device__ __forceinline__ void add_scaled(float4& x, float factor, float4 y) {
-    x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
-}
-
-// The same from float16 rows with a factor each.
-extern "C" __global__ void silu_mul_rotate_half_rows(const u16* __restrict__ gate_up,
-                                                     const float* __restrict__ row_scale,
-                                                     const signed char* __restrict__ signs, u16* __restrict__ out,
-                                                     float* __restrict__ scale, int width) {
-    const u16* gates = gate_up + (size_t)blockIdx.x * 2 * width;
-    const float factor = row_scale[blockIdx.x];
-    rotate_row(
-        width,
-        [=](int c) {
-            const float gate = low_float(gates[c]) * factor, up = low_float(gates[width + c]) * factor;
-            return gate / (1.0f + __expf(-gate)) * up * signs[c];
-        },
-        out + (size_t)blockIdx.x * width, scale + blockIdx.x);
-}
-
-// hidden[t] += sum_i factors[t, i] rows[places[t, i]], rows float32 or (half) float16. One block a token.
-template <typename Number, typename Load>
-__device__ __forceinline__ void add_gathered(float* hidden, const Number* rows, const long long* places,
-                                             const float* factors, int choices, int width, Load load) {
-    float* state = hidden + (size_t)blockIdx.x * width;
-    for (int c = 2 * threadIdx.x; c < width; c += 2 * blockDim.x) {
-        float2 x = *reinterpret_cast<float2*>(state + c);
-#pragma unroll 8
-        for (int i = 0; i < choices; ++i) {
-            const float2 y = load(rows + (size_t)places[blockIdx.x * choices + i] * width + c);
-            const float factor = factors[blockIdx.x * choices + i];
-            x.x += factor * y.x, x.y += factor * y.y;
-        }
-        *reinterpret_cast<float2*>(state + c) = x;
-    }
-}
-extern "C" __global__ void add_gathered_rows(float* __restrict__ hidden, const float* __restrict__ rows,
-                                             const long long* __restrict__ places, const float* __restrict__ factors,
-                                             int choices, int width) {
-    add_gathered(hidden, rows, places, factors, choices, width,
-                 [](const float* x) { return *reinterpret_cast<const float2*>(x); });
-}
-extern "C" __global__ void add_gathered_half_rows(float* __restrict__ hidden, const u16* __restrict__ rows,
-                                                  const long long* __restrict__ places,
-                                                  const float* __restrict__ factors, int choices, int width) {
-    add_gathered(hidden, rows, places, factors, choices, width, [](const u16* x) {
-        const u32 pair = *reinterpret_cast<const u32*>(x);
-        return make_float2(low_float(pair), high_float(pair));
-    });
-}
-
 // hidden += delta + sum_i weight_i expert_i; normed = rms_norm(hidden) norm_weight; out = rotated normed. One block a
 // token. Null pointers: what is not there, not added, not wanted.
 extern "C" __global__ void add_norm_rotate_rows(float* __restrict__ hidden, const float* __restrict__ delta,

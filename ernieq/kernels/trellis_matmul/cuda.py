@@ -220,6 +220,11 @@ def _warps(blocks: int, device: int) -> int:
 
 
 def _kernel(source: str, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
+    return _kernel_on(torch.cuda.current_device(), source, name, code, **constants)
+
+
+@lru_cache(maxsize=256)
+def _kernel_on(_device: int, source: str, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
     return cuda_kernel(_HERE / source, name, K=code.bits_per_weight, L=code.state_bits, **constants)
 
 

@@ -41,7 +41,10 @@ def _prepared(code: TrellisCode, device: int) -> _Search:
     outputs = values >> bits
     field = {2: 2, 3: 4, 4: 4, 5: 8, 6: 16}[bits]
     single = 4 * code.nodes
-    room = properties.shared_memory_per_block_optin - 2048  # what the kernel declares beside the metrics
+    declared = 2048  # what the kernel declares beside the metrics
+    room = int(properties.shared_memory_per_block_optin) - declared  # type: ignore[attr-defined,unused-ignore]
+        int(properties.shared_memory_per_block_optin) - 2048
+    )
     shared = 2 * single if 2 * single <= room else single
     source = Path(__file__).with_name("viterbi.cu")
     constants = {"K": bits, "L": code.state_bits, "VALUES": values, "DOUBLE_BUFFER": int(shared > single)}

@@ -1,7 +1,7 @@
 """The search of the GPU in numpy: the slow truth of its arithmetic, which is float16.
 
-A cost is ``fma(d, d, metric)`` with ``d = value - target``, every operation rounded once to float16 (nearest even),
-in units of 64 values. README.md in this folder says why the GPU computes otherwise than the processors do.
+A cost is ``fma(d, d, metric)`` with ``d = value - target``, every operation rounded once to float16 (nearest
+even), in units of 64 values. README.md in this folder says why the GPU computes otherwise than processors do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ HALF_LIMIT = 8.0  # just beyond the largest value, 510 / 64
 def round_targets(targets: NDArray[np.float32]) -> NDArray[np.float16]:
     """Targets in value units as the search sees them: in units of 64 values, clipped to +-8, float16."""
     scaled = targets * np.float32(1 / HALF_UNIT)
-    return np.clip(scaled, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
+    rounded: NDArray[np.float16] = np.clip(scaled, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
+    return rounded
 
 
 def search(
