@@ -47,7 +47,8 @@ def graph_seconds(runs: Sequence[Callable[[], Any]], repeats: int = 20) -> float
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3 / len(runs))
-    return sorted(times)[repeats // 2]
+    median: float = sorted(times)[repeats // 2]
+    return median
 
 
 def copy_bandwidth() -> float:

@@ -36,7 +36,6 @@ __device__ float block_reduce(float x) {
 
 constexpr int kSegment = BLOCK > 32 ? BLOCK : 32;
 constexpr int kPerLane = kSegment / 32;
-constexpr int kMaxSegments = 16;  // segments of a warp: 32 warps * 16 * 32 = 16384 channels at the least
 
 __device__ __forceinline__ void rotate_segment(float (&x)[kPerLane]) {
     const int lane = threadIdx.x & 31;
@@ -112,6 +111,26 @@ extern "C" __global__ void silu_mul_rotate_rows(const float* __restrict__ gate_u
     rotate_row(
         width, [=](int c) { return gate[c] / (1.0f + __expf(-gate[c])) * up[c] * signs[c]; },
         out + (size_t)blockIdx.x * width, scale + blockIdx.x);
+}
+
+__device__ __forceinline__ void add_scaled(float4& x, float factor, float4 y) {
+    x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
+}
+
+// hidden[t] += sum_i factors[t, i] rows[places[t, i]]. One block a token.
+extern "C" __global__ void add_gathered_rows(float* __restrict__ hidden, const float* __restrict__ rows,
+                                             const long long* __restrict__ places, const float* __restrict__ factors,
+                                             int choices, int width) {
+    float* state = hidden + (size_t)blockIdx.x * width;
+    for (int c = 4 * threadIdx.x; c < width; c += 4 * blockDim.x) {
+        float4 x = *reinterpret_cast<float4*>(state + c);
+#pragma unroll 8
+        for (int i = 0; i < choices; ++i) {
+            const float* from = rows + (size_t)places[blockIdx.x * choices + i] * width;
+            add_scaled(x, factors[blockIdx.x * choices + i], *reinterpret_cast<const float4*>(from + c));
+        }
+        *reinterpret_cast<float4*>(state + c) = x;
+    }
 }
 
 // hidden += delta + sum_i weight_i expert_i; normed = rms_norm(hidden) norm_weight; out = rotated normed. One block a

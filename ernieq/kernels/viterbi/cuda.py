@@ -43,8 +43,6 @@ def _prepared(code: TrellisCode, device: int) -> _Search:
     single = 4 * code.nodes
     declared = 2048  # what the kernel declares beside the metrics
     room = int(properties.shared_memory_per_block_optin) - declared  # type: ignore[attr-defined,unused-ignore]
-        int(properties.shared_memory_per_block_optin) - 2048
-    )
     shared = 2 * single if 2 * single <= room else single
     source = Path(__file__).with_name("viterbi.cu")
     constants = {"K": bits, "L": code.state_bits, "VALUES": values, "DOUBLE_BUFFER": int(shared > single)}
