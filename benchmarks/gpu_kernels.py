@@ -277,6 +277,7 @@ def main() -> None:
         write_result(
             arguments.out,
             {
+                "command": "python benchmarks/gpu_kernels.py --out FILE",
                 "machine": {**describe_machine(), **describe_gpu()},
                 "copy_bytes_per_second": bandwidth,
                 "search": searches,

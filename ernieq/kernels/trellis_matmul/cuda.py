@@ -20,7 +20,7 @@ from ernieq.trellis import TILE_SIDE, TrellisCode
 # Tokens that ``multiply_selected`` takes: a product per pair of token and expert, each decoding its own tiles.
 SELECTED_LIMIT = 8
 _HERE = Path(__file__).parent
-_WARPS_WANTED = 72  # for each multiprocessor, in products of a few tokens: about two waves
+_RESIDENT_WARPS = 40  # of a multiprocessor, in products of a few tokens; kResidentWarps in multiply_few.cu
 _MANY_WARPS = 8
 _STRIP_BYTES = 3 * 2 * (64 + 8)  # of a token: kStages strips of kStride float16 numbers in multiply_many.cu
 _DECODE_WARPS = 4
@@ -214,9 +214,9 @@ def _multiply_many(
 
 @lru_cache(maxsize=256)
 def _warps(blocks: int, device: int) -> int:
-    """Warps that divide a row of tiles, so that blocks enough are there to fill the GPU."""
-    wanted = torch.cuda.get_device_properties(device).multi_processor_count * _WARPS_WANTED / blocks
-    return next(warps for warps in (8, 4, 2) if warps <= wanted or warps == 2)
+    """Warps that divide a row of tiles, so that one wave of blocks fills the GPU."""
+    wanted = torch.cuda.get_device_properties(device).multi_processor_count * _RESIDENT_WARPS / blocks
+    return next(warps for warps in (16, 8, 4, 2) if warps <= wanted or warps == 2)
 
 
 def _kernel(source: str, name: str, code: TrellisCode, **constants: int) -> CudaKernel:

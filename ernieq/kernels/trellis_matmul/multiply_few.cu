@@ -5,8 +5,8 @@
 #include "half2.cuh"
 #include "trellis.cuh"
 
-constexpr int kResidentWarps = 32;  // of a multiprocessor: at most 64 registers a thread
-constexpr int kAhead = K >= 5 ? 4 : 8;  // tiles whose words are on their way while as many are multiplied
+constexpr int kResidentWarps = 40;  // of a multiprocessor: at most 48 registers a thread
+constexpr int kAhead = 4;  // tiles whose words are on their way while as many are multiplied
 
 // x: (inputs, columns) float16. words: (matrices, rows / 16, columns / 16, 8 K). scale: (matrices, rows) float16.
 // out: (outputs, rows) float32 = x_scale * scale / 128 * (values x). Grid: (rows / 16, products).
