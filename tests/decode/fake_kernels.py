@@ -24,7 +24,7 @@ from ernieq.trellis import TrellisCode
 
 Module = TypeVar("Module", bound=nn.Module)
 PRODUCTS = ("decode", "multiply", "multiply_selected", "multiply_grouped")
-PIECES = ("rotate", "silu_mul_rotate", "add_norm_rotate", "route", "attend", "advance")
+PIECES = ("rotate", "silu_mul_rotate", "add_norm_rotate", "add_gathered", "route", "attend", "advance")
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -156,6 +156,10 @@ def add_norm_rotate(
         normed.copy_(states)
     if out is not None and signs is not None:
         rotate(states, signs, block, out)
+
+
+def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) -> None:
+    hidden += (rows[places] * factors[..., None]).sum(dim=1)
 
 
 def route(

@@ -13,8 +13,8 @@ from ernieq.errors import BackendUnavailableError, NonFiniteError, ShapeError, U
 from ernieq.load import load_model
 from ernieq.model import ErnieForCausalLM, KVCache, ModelConfig, ParameterRole
 from ernieq.runtime import PackedRuntime, prefill, products
+from tests.decode import fake_kernels
 from tests.load.packed_model import by_role, write_model
-from tests.runtime import fake_kernels
 from tests.runtime.models import (
     DENSE,
     NO_SHARED,
