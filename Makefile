@@ -4,9 +4,13 @@
 #   PYTHON=python3.12 make demo      another interpreter
 #   PIP_FLAGS="--index-url ..." make another package index, or any other option of pip install
 
+comma := ,
 PYTHON ?= python3
 PIP_FLAGS ?=
 CONSTRAINTS ?= constraints.txt
+
+# The GPU's kernels need cuda-core; it is installed where a driver of NVIDIA's is.
+EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,7 +54,7 @@ install: $(VENV)/.installed  ## make .venv with the pinned tools and this packag
 # and nothing is ever fetched but what constraints.txt names.
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SOURCES)
 	@echo "installing ernieq (compiles its kernels) ..."
-	@$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/.ready

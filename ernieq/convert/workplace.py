@@ -21,9 +21,8 @@ _FLOAT32, _NARROW = 4, 2
 # Held beside layer, streams and matrices at work: decisions of the trellis search (1.1 GB), activations of a
 # batch of tokens.
 _OTHER_BYTES = 2_000_000_000
-_LEAST_BYTES = (
-    500_000_000  # what matrices at work are given all the same; the batches shrink if it is not there
-)
+# What matrices at work are given all the same; the batches shrink if it is not there.
+_LEAST_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)

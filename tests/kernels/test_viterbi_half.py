@@ -87,6 +87,26 @@ def test_gpu_gives_a_tile_the_same_symbols_in_any_company() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("bits", [2, 3])
+def test_gpu_with_little_shared_memory_gives_the_same_symbols(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ernieq.kernels.viterbi import cuda
+
+    code, targets = TrellisCode(bits, 12), torch.from_numpy(gaussian(8, 5)).cuda()
+    wanted = search_tiles(targets, code)
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin  # type: ignore[attr-defined,unused-ignore]
+    monkeypatch.setattr(cuda, "_DECLARED_BYTES", limit - 6 * code.nodes)  # room for one buffer, not for two
+    cuda._prepared.cache_clear()
+    try:
+        assert cuda._prepared(code, torch.cuda.current_device()).shared_bytes == 4 * code.nodes
+        assert torch.equal(search_tiles(targets, code), wanted)
+    finally:
+        cuda._prepared.cache_clear()
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_gpu_refuses_what_the_cpu_refuses() -> None:
     code = TrellisCode(2, 10)
     with pytest.raises(ShapeError):

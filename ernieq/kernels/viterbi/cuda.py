@@ -18,6 +18,7 @@ from ernieq.trellis import TILE_WEIGHTS, TrellisCode
 # workspace costs speed only where it holds less than about three waves.
 WORKSPACE_BYTES = 1 << 30
 _TRACE_THREADS = 32
+_DECLARED_BYTES = 2048  # at most, of shared memory that the kernel declares beside the metrics
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ def _prepared(code: TrellisCode, device: int) -> _Search:
     outputs = values >> bits
     field = {2: 2, 3: 4, 4: 4, 5: 8, 6: 16}[bits]
     single = 4 * code.nodes
-    declared = 2048  # what the kernel declares beside the metrics
-    room = int(properties.shared_memory_per_block_optin) - declared  # type: ignore[attr-defined,unused-ignore]
+    room = int(properties.shared_memory_per_block_optin) - _DECLARED_BYTES  # type: ignore[attr-defined,unused-ignore]
     shared = 2 * single if 2 * single <= room else single
     source = Path(__file__).with_name("viterbi.cu")
     constants = {"K": bits, "L": code.state_bits, "VALUES": values, "DOUBLE_BUFFER": int(shared > single)}
