@@ -4,8 +4,8 @@
         --setting "default:" --setting "long: --windows 128" --out FILE
 
 A setting is a name, a colon and options of ``ernieq quantize``; the first is what the others are compared with.
-Choosing is what this is for: texts that results are reported on have no place here. A difference that is smaller
-than the spread over the seeds is none. Conversions and evaluations that are in the working directory are kept.
+Choosing is what this is for: texts that results are reported on have no place here. A difference smaller than
+the spread over the seeds is none. Conversions and evaluations that are in the working directory are kept.
 """
 
 from __future__ import annotations
