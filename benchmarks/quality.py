@@ -45,15 +45,16 @@ def run(arguments: list[str]) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def measure(model: Path, texts: list[Path], work: Path, setting: str) -> list[dict[str, Any]]:
+def measure(model: Path, texts: list[Path], work: Path, setting: str, device: str) -> list[dict[str, Any]]:
     """Convert, if it has not been done, and evaluate: one row a text."""
     packed, evaluation = work / setting, work / f"{setting}.json"
     if not packed.is_dir():
-        run(["quantize", str(model), "--out", str(packed), *SETTINGS[setting]])
+        run(["quantize", str(model), "--out", str(packed), "--device", device, *SETTINGS[setting]])
     if not evaluation.is_file():
         named = [argument for text in texts for argument in ("--text", str(text))]
         started = time.monotonic()
-        printed = run(["eval-ppl", str(packed), "--base", str(model), *named, *PROTOCOL, "--json"])
+        options = ["--base", str(model), *named, *PROTOCOL, "--device", device, "--json"]
+        printed = run(["eval-ppl", str(packed), *options])
         evaluation.write_text(printed, encoding="utf-8")
         print(f"{setting}: evaluated in {time.monotonic() - started:.0f} s", flush=True)
     report = json.loads(evaluation.read_text(encoding="utf-8"))
@@ -83,6 +84,7 @@ def row(model: str, setting: str, entry: dict[str, Any], report: dict[str, Any],
         "decoder_bytes": weights["decoder_bytes"],
         "file_bytes": weights["file_bytes"],
         "conversion_seconds": made["seconds"],
+        "conversion_device": made.get("device", "cpu"),
     }
 
 
@@ -93,12 +95,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--work", type=Path, required=True, help="where packed checkpoints are kept")
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all")
+    parser.add_argument("--device", default="auto", help="where to convert and evaluate")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = []
     for setting in arguments.setting or SETTINGS:
-        for measured in measure(arguments.model, arguments.text, arguments.work, setting):
+        for measured in measure(arguments.model, arguments.text, arguments.work, setting, arguments.device):
             rows.append(measured)
             print(
                 f"{setting} {measured['text']}: KL {measured['kl']:.4f}, ratio {measured['ratio']:.4f}, "
