@@ -23,6 +23,7 @@ from ernieq.encode.scales import CODEBOOK_SCALE
 from ernieq.kernels.token_step import cuda as step
 from ernieq.kernels.trellis_matmul import cuda as products
 from ernieq.kernels.viterbi import FULL_FIRST_PASS, SHORT_FIRST_PASS, search_tiles
+from ernieq.runtime.speed import copy_bandwidth
 from ernieq.trellis import VALUE_RMS, TrellisCode, state_values
 
 HIDDEN, EXPERT, SHARED, EXPERTS, CHOICES, VOCABULARY = 2560, 1536, 3072, 64, 6, 103424
@@ -49,14 +50,6 @@ def graph_seconds(runs: Sequence[Callable[[], Any]], repeats: int = 20) -> float
         times.append(begin.elapsed_time(end) / 1e3 / len(runs))
     median: float = sorted(times)[repeats // 2]
     return median
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large copy on the GPU."""
-    source = torch.randint(0, 255, (1 << 32,), dtype=torch.uint8, device="cuda").view(torch.float32)
-    target = torch.empty_like(source)
-    moved = 2 * 4 * source.numel()
-    return moved / graph_seconds([partial(torch.add, source, 1, out=target)])
 
 
 def packed(rows: int, columns: int, code: TrellisCode, matrices: int = 1) -> tuple[Tensor, Tensor]:
@@ -252,7 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     searches = [measure_search(bits, 16, FULL_FIRST_PASS) for bits in (2, 3, 4, 5, 6)]
     searches += [

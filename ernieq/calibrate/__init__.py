@@ -13,7 +13,6 @@ from ernieq.calibrate.hessians import (
 from ernieq.calibrate.mlp import MlpPass
 from ernieq.calibrate.moments import Moments, corrected_weight, shrinkage, shrunk_gram
 from ernieq.calibrate.narrow import narrow_layer, shared_copy
-from ernieq.calibrate.precision import float32_products
 from ernieq.calibrate.streams import Streams, stay_on_gpu, stream_dtype
 from ernieq.calibrate.texts import CalibrationSample, TextFile, read_text_file, sample_windows
 
@@ -31,7 +30,6 @@ __all__ = [
     "TextFile",
     "collect_layer",
     "corrected_weight",
-    "float32_products",
     "hidden_of",
     "narrow_layer",
     "read_text_file",

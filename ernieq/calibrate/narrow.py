@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ernieq.calibrate.precision import float32_products
+from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer
 from ernieq.model.attention import Attention
 from ernieq.model.mlp import Router

@@ -1,13 +1,14 @@
-"""How exactly a GPU multiplies float32 matrices: calibration takes tensor cores, its router does not."""
+"""What the passes of calibration share: no gradients, and tensor cores on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
+
+from ernieq.kernels.precision import float32_products
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -19,23 +20,6 @@ class _OnDevice(Protocol):
 
 
 _Pass = TypeVar("_Pass", bound=_OnDevice)
-
-
-@contextmanager
-def float32_products(device: torch.device, *, tensor_cores: bool) -> Iterator[None]:
-    """Let products of float32 matrices keep 10 bits of a mantissa (TF32) or all; a CPU keeps all anyway.
-
-    The setting is the process's: it is put back at the end, and left alone where the CPU works.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tensor_cores
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def calibrating(

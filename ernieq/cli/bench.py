@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ernieq.bundled import resolve_source
 from ernieq.cli.shared import (
     backend_option,
     device_option,
     json_option,
+    model_directory,
     print_json,
     progress_report,
     seed_option,
@@ -138,13 +137,10 @@ bench = command
 def _load(
     path: str, device: torch.device, backend: Backend, threads: int
 ) -> tuple[ErnieForCausalLM, WeightSource]:
-    from ernieq.checkpoint import open_checkpoint
     from ernieq.load import load_model
     from ernieq.load.source import open_source
 
-    directory = Path(resolve_source(path))
-    if not directory.exists():
-        directory = open_checkpoint(path).directory  # a hub id
+    directory = model_directory(path)
     model = load_model(directory, device=device, backend=backend, threads=threads)
     return model, open_source(directory)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ernieq.bundled import resolve_source
 from ernieq.cli.processor import settle_device
-from ernieq.cli.shared import backend_option, device_option, seed_option, threads_option
+from ernieq.cli.shared import backend_option, device_option, model_directory, seed_option, threads_option
 from ernieq.kernels.backend import Backend
 from ernieq.records import format_rate
 
@@ -63,15 +61,13 @@ def command(
     """
     import torch
 
-    from ernieq.checkpoint import load_tokenizer, open_checkpoint
+    from ernieq.checkpoint import load_tokenizer
     from ernieq.generate import GenerateOptions, generate_text
     from ernieq.load import load_model
 
     options = GenerateOptions(max_tokens, temperature, top_p, seed, stop)
     torch.set_num_threads(threads)
-    directory = Path(resolve_source(path))
-    if not directory.exists():
-        directory = open_checkpoint(path).directory  # a hub id
+    directory = model_directory(path)
     device = settle_device(device, backend)
     model = load_model(directory, device=device, backend=backend, threads=threads)
     tokenizer = load_tokenizer(directory)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -30,6 +31,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ernieq.bundled import resolve_source
 from ernieq.kernels.backend import Backend, default_threads
 from ernieq.records import format_rate
 
@@ -115,6 +117,14 @@ def seed_option(function: Function) -> Function:
         show_default=True,
         help="Seed of everything that is drawn at random.",
     )(function)
+
+
+def model_directory(path: str) -> Path:
+    """The directory of PATH: itself, a bundled model's, or what was fetched of a hub id."""
+    from ernieq.checkpoint import open_checkpoint
+
+    directory = Path(resolve_source(path))
+    return directory if directory.exists() else open_checkpoint(path).directory
 
 
 def print_json(value: Any) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ernieq.calibrate import float32_products
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
 from ernieq.encode import EncodeOptions
+from ernieq.kernels.precision import float32_products
 from ernieq.kernels.viterbi import search_tiles
 from ernieq.model import ModelConfig
 from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode

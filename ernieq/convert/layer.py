@@ -17,7 +17,6 @@ from ernieq.calibrate import (
     Moments,
     Streams,
     corrected_weight,
-    float32_products,
     hidden_of,
     shared_copy,
     shrinkage,
@@ -27,6 +26,7 @@ from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
 from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import Part, Recipe
 from ernieq.encode import Batches, EncodeOptions, EncodingResult, out_of_memory
+from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig
 
 

@@ -17,11 +17,11 @@ from ernieq.encode.batch_feedback import block_ldl_factors, encode_ldlq_batch
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.memory import Batches
 from ernieq.encode.options import EncodeOptions, EncodingResult
-from ernieq.encode.precision import exact_products
 from ernieq.encode.ring_tensors import pack_rings
 from ernieq.encode.scales import fitted_scale, initial_scale, to_float16
 from ernieq.errors import NonFiniteError, ShapeError
 from ernieq.kernels.hadamard import rotate, unrotate
+from ernieq.kernels.precision import float32_products
 from ernieq.trellis import TILE_SIDE, VALUE_UNIT, EncodedMatrix, TrellisCode
 
 # Bytes a weight takes while it is encoded: the target, its rotation and a copy that errors are fed into (4
@@ -77,7 +77,7 @@ def encode_batch(
     for stack in stacks:
         check_shapes(stack)
     basis = _Basis(signs, hessians[0].device)
-    with exact_products():
+    with float32_products(basis.device, tensor_cores=False):
         curved = _Curvature.of(hessians, [next(iter(stack)) for stack in stacks], basis, options.damping)
         first = stacks[0].values()
         rows, columns = sum(weight.shape[0] for weight in first), len(signs)
@@ -87,7 +87,7 @@ def encode_batch(
         coded = _encode_rows(rotated, curved, basis, code, options, on_block)
     packed, scale, sums = coded.packed.cpu().numpy(), coded.scale.cpu().numpy(), coded.sums.cpu()
     return [
-        _results(stack, packed[place], scale[place], coded.decoded[place], sums[place], basis, code)
+        cut_apart(stack, packed[place], scale[place], coded.decoded[place], signs, code, _errors(sums[place]))
         for place, stack in enumerate(stacks)
     ]
 
@@ -115,7 +115,7 @@ def encode_in_pieces(
     scale = np.empty(total, dtype=np.float16)
     decoded = torch.empty(total, columns, dtype=_decoded_dtype(basis.device), device=home)
     sums = torch.empty(total, len(_SUMS), dtype=torch.float64)
-    with exact_products():
+    with float32_products(basis.device, tensor_cores=False):
         curved = _Curvature.of([hessian], [next(iter(weights))], basis, options.damping)
 
         def encode_piece(row_tiles: Sequence[int]) -> None:
@@ -130,7 +130,7 @@ def encode_in_pieces(
         tiles = range(total // TILE_SIDE)
         size = len(tiles) if options.memory_bytes is None else _tiles_that_fit(columns, options.memory_bytes)
         Batches(size, "rows of tiles", options.on_notice).run(tiles, encode_piece)
-    return _results(weights, packed, scale, decoded, sums, basis, code)
+    return cut_apart(weights, packed, scale, decoded, signs, code, _errors(sums))
 
 
 # What is summed over every row: the loss and the power under the Hessian, and without it.
@@ -141,7 +141,6 @@ class _Basis:
     """The rotation of a group, on the device that works."""
 
     def __init__(self, signs: NDArray[np.int8], device: torch.device) -> None:
-        self.signs = signs
         self.device = device
         self.block = rotation_block(len(signs))
         self._on_device = torch.from_numpy(signs).to(device)
@@ -167,10 +166,7 @@ class _Curvature:
 
     @classmethod
     def of(cls, hessians: Sequence[Tensor], names: Sequence[str], basis: _Basis, damping: float) -> _Curvature:
-        finite = torch.stack([torch.isfinite(hessian).all() for hessian in hessians]).tolist()
-        for name, is_finite in zip(names, finite, strict=True):
-            if not is_finite:
-                raise NonFiniteError(f"the Hessian of the input of {name} has NaN or infinite numbers")
+        check_finite(hessians, names)
         rotated = [basis.rotated_hessian(hessian) for hessian in hessians]
         return cls(rotated, block_ldl_factors(rotated, damping))
 
@@ -241,36 +237,63 @@ def _row_sums(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
     return torch.stack(sums, dim=1).double()
 
 
-def _results(
+def cut_apart(
     stack: Mapping[str, Tensor],
     packed: NDArray[np.int16],
     scale: NDArray[np.float16],
     decoded: Tensor,
-    sums: Tensor,
-    basis: _Basis,
+    signs: NDArray[np.int8],
     code: TrellisCode,
+    error_of: Callable[[slice], float],
 ) -> dict[str, EncodingResult]:
-    """Cut a stack of rows into its matrices."""
+    """Cut encoded rows into the matrices that were stacked.
+
+    Args:
+        stack: name -> (out_features, in_features), whose rows follow each other in all of the following.
+        packed: (rows / 16, in_features / 16, 16 K).
+        scale: (rows,).
+        decoded: (rows, in_features) in the model's own basis.
+        signs: (in_features,) of the rotation.
+        code: the trellis code.
+        error_of: proxy error of a range of rows.
+    """
     results, start = {}, 0
     for name, weight in stack.items():
-        stop = start + weight.shape[0]
+        rows = slice(start, start + weight.shape[0])
         encoded = EncodedMatrix(
-            packed=packed[start // TILE_SIDE : stop // TILE_SIDE],
-            scale=scale[start:stop],
-            signs=basis.signs,
-            rotation_block=basis.block,
+            packed=packed[rows.start // TILE_SIDE : rows.stop // TILE_SIDE],
+            scale=scale[rows],
+            signs=signs,
+            rotation_block=rotation_block(len(signs)),
             code=code,
         )
-        results[name] = EncodingResult(encoded, decoded[start:stop], _proxy_error(sums[start:stop]))
-        start = stop
+        results[name] = EncodingResult(encoded, decoded[rows], error_of(rows))
+        start = rows.stop
     return results
 
 
-def _proxy_error(sums: Tensor) -> float:
-    loss, power, error, square = sums.sum(dim=0).tolist()
-    if power <= 0:
-        loss, power = error, square
-    return float(loss / power) if power > 0 else 0.0
+def check_finite(hessians: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse Hessians with NaN or infinite numbers, with one wait for the device in all.
+
+    Raises:
+        NonFiniteError: an activation overflowed; ``names`` say which matrices read it.
+    """
+    finite = torch.stack([torch.isfinite(hessian).all() for hessian in hessians]).tolist()
+    for name, is_finite in zip(names, finite, strict=True):
+        if not is_finite:
+            raise NonFiniteError(f"the Hessian of the input of {name} has NaN or infinite numbers")
+
+
+def _errors(sums: Tensor) -> Callable[[slice], float]:
+    """``proxy_error`` of a range of rows, from ``_row_sums``."""
+
+    def error_of(rows: slice) -> float:
+        loss, power, error, square = sums[rows].sum(dim=0).tolist()
+        if power <= 0:
+            loss, power = error, square
+        return float(loss / power) if power > 0 else 0.0
+
+    return error_of
 
 
 def _stacked(weights: Mapping[str, Tensor], rows: slice, device: torch.device) -> Tensor:

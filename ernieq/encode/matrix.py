@@ -9,14 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernieq.encode.batch_matrix import check_shapes, encode_in_pieces
+from ernieq.encode.batch_matrix import check_finite, check_shapes, cut_apart, encode_in_pieces
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.options import EncodeOptions, EncodingResult
 from ernieq.encode.scales import initial_scale, refit_scale
-from ernieq.errors import NonFiniteError
 from ernieq.kernels.hadamard import rotate, unrotate
-from ernieq.trellis import TILE_SIDE, EncodedMatrix, TrellisCode, pack_symbols
+from ernieq.trellis import TrellisCode, pack_symbols
 
 
 def encode_matrices(
@@ -49,8 +48,7 @@ def encode_matrices(
     check_shapes(weights)
     if hessian.is_cuda:
         return encode_in_pieces(weights, hessian, signs, code, options, on_block)
-    if not torch.isfinite(hessian).all():
-        raise NonFiniteError(f"the Hessian of the input of {next(iter(weights))} has NaN or infinite numbers")
+    check_finite([hessian], [next(iter(weights))])
     stacked = torch.cat([weight.float() for weight in weights.values()])
     block = rotation_block(stacked.shape[1])
     sign_tensor = torch.from_numpy(signs)
@@ -71,20 +69,11 @@ def encode_matrices(
     decoded = normalised * scale.float()[:, None]
     packed = pack_symbols(symbols, code)
     own_basis = unrotate(decoded, sign_tensor, block)
-    results, start = {}, 0
-    for name, weight in weights.items():
-        stop = start + weight.shape[0]
-        encoded = EncodedMatrix(
-            packed=packed[start // TILE_SIDE : stop // TILE_SIDE],
-            scale=scale[start:stop].numpy(),
-            signs=signs,
-            rotation_block=block,
-            code=code,
-        )
-        error = proxy_error(rotated[start:stop], decoded[start:stop], rotated_hessian)
-        results[name] = EncodingResult(encoded, own_basis[start:stop], error)
-        start = stop
-    return results
+
+    def error_of(rows: slice) -> float:
+        return proxy_error(rotated[rows], decoded[rows], rotated_hessian)
+
+    return cut_apart(weights, packed, scale.numpy(), own_basis, signs, code, error_of)
 
 
 def proxy_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:

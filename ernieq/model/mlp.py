@@ -48,6 +48,24 @@ class Routing(NamedTuple):
     probabilities: Tensor
 
 
+def choose_experts(logits: Tensor, bias: Tensor, choices: int, norm_min: float) -> Routing:
+    """Choose experts by the logits of the router.
+
+    The correction bias balances the load: it takes part in the choice and never enters the weights.
+
+    Args:
+        logits: (N, E) float32.
+        bias: (E,) or (1, E) float32.
+        choices: k.
+        norm_min: least sum that the weights are divided by.
+    """
+    probabilities = logits.softmax(dim=-1)
+    selected = (probabilities + bias).topk(choices, dim=-1).indices
+    chosen = probabilities.gather(-1, selected)
+    weights = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=norm_min)
+    return Routing(selected, weights, probabilities)
+
+
 class Experts(nn.ModuleList):
     """The routed experts; ``experts[e]`` is an ``Mlp`` without biases."""
 
@@ -118,19 +136,9 @@ class SparseMlp(nn.Module):
         self.shared_experts = Mlp(config.hidden_size, shared, bias=config.use_bias) if shared else None
 
     def route(self, states: Tensor) -> Routing:
-        """Choose experts.
-
-        The correction bias balances the load: it takes part in the choice and never enters the weights.
-
-        Args:
-            states: (N, H).
-        """
-        probabilities = self.gate(states).softmax(dim=-1)
-        corrected = probabilities + self.moe_statics.e_score_correction_bias.float()
-        selected = corrected.topk(self._choices, dim=-1).indices
-        chosen = probabilities.gather(-1, selected)
-        weights = chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=self._norm_min)
-        return Routing(selected, weights, probabilities)
+        """Choose experts for (N, H)."""
+        bias = self.moe_statics.e_score_correction_bias.float()
+        return choose_experts(self.gate(states), bias, self._choices, self._norm_min)
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., H) to (..., H)."""

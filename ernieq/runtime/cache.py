@@ -77,11 +77,3 @@ class Buffers:
     def rotated(self, name: str, rows: int, columns: int) -> Rotated:
         """A buffer for rotated inputs of a product."""
         return Rotated(self.take(name, rows, columns, dtype=torch.float16), self.take(f"{name} scale", rows))
-
-
-def new_rotated(rows: int, columns: int, device: torch.device) -> Rotated:
-    """Memory for rotated inputs of a product, from torch's allocator."""
-    return Rotated(
-        torch.empty(rows, columns, dtype=torch.float16, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-    )

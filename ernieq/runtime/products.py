@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ernieq.kernels.token_step import cuda as token_step
+from ernieq.decode import gpu
 from ernieq.kernels.token_step.cuda import Rotated
 from ernieq.kernels.trellis_matmul import cuda as matmul
-from ernieq.runtime.cache import new_rotated
 from ernieq.runtime.plan import GatedPlan, ModelPlan, PackedMatrix, Product, Rotation
 from ernieq.trellis import TILE_SIDE
 
@@ -35,22 +34,12 @@ class DecodingBuffer:
         whole = max((matrix.rows * matrix.columns for matrix in matrices), default=0)
         self._half = torch.empty(min(_DECODED_WEIGHTS, whole), dtype=torch.float16, device=device)
 
-    @property
-    def weights(self) -> int:
-        """How many weights fit."""
-        return self._half.numel()
-
-    def view(self, start: int, *shape: int) -> Tensor:
-        """A float16 tensor of this shape, ``start`` numbers behind the beginning."""
-        numbers = torch.Size(shape).numel()
-        return self._half[start : start + numbers].view(shape)
-
     def decoded(self, matrix: PackedMatrix) -> Iterator[tuple[Tensor, int]]:
         """Parts of a matrix from its top: (rows, C) float16 and the first row; one at a time is there."""
-        step = max(self.weights // matrix.columns // TILE_SIDE, 1) * TILE_SIDE
+        step = max(self._half.numel() // matrix.columns // TILE_SIDE, 1) * TILE_SIDE
         for start in range(0, matrix.rows, step):
             stop = min(start + step, matrix.rows)
-            out = self.view(0, stop - start, matrix.columns)
+            out = self._half[: (stop - start) * matrix.columns].view(-1, matrix.columns)
             words = matrix.words[start // TILE_SIDE : stop // TILE_SIDE]
             matmul.decode(words, matrix.scale[start:stop], matrix.code, out=out)
             yield out, start
@@ -58,9 +47,7 @@ class DecodingBuffer:
 
 def rotate(x: Tensor, rotation: Rotation) -> Rotated:
     """(N, C) float32 -> the rotated rows in float16, each with its scale."""
-    rotated = new_rotated(x.shape[0], x.shape[1], x.device)
-    token_step.rotate(x, rotation.signs, rotation.block, rotated)
-    return rotated
+    return gpu.rotate_half(x, rotation.signs, rotation.block)
 
 
 def multiply(product: Product, rotated: Rotated, buffer: DecodingBuffer) -> Tensor:
@@ -101,9 +88,7 @@ def run_gated(gated: GatedPlan, rotated: Rotated, buffer: DecodingBuffer) -> Ten
 
 def activate(gate_up: Tensor, rotation: Rotation) -> Rotated:
     """(N, 2 I) float32 -> the input of ``down``, (N, I), rotated."""
-    activated = new_rotated(gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device)
-    token_step.silu_mul_rotate(gate_up, rotation.signs, rotation.block, activated)
-    return activated
+    return gpu.silu_mul_rotate(gate_up, rotation.signs, rotation.block)
 
 
 def _parts(gated: GatedPlan | None, *products: Product) -> list[PackedMatrix]:

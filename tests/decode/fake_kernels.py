@@ -17,6 +17,7 @@ from torch.nn import functional
 from ernieq.decode import TrellisExperts, TrellisWeight
 from ernieq.kernels.hadamard import reference as hadamard
 from ernieq.kernels.token_step import cuda as token_step
+from ernieq.kernels.token_step import reference as step_reference
 from ernieq.kernels.token_step.cuda import Rotated
 from ernieq.kernels.trellis_matmul import cuda as trellis_matmul
 from ernieq.kernels.trellis_matmul import reference as trellis_reference
@@ -146,12 +147,8 @@ def add_norm_rotate(
     out: Rotated | None,
     normed: Tensor | None,
 ) -> None:
-    if delta is not None:
-        hidden += delta
-    if expert_out is not None and expert_weights is not None:
-        parts = expert_out.view(*expert_weights.shape, -1)
-        hidden += (parts * expert_weights[..., None]).sum(dim=1)
-    states = functional.rms_norm(hidden, hidden.shape[-1:], norm_weight, eps)
+    total, states = step_reference.add_norm(hidden, delta, expert_out, expert_weights, norm_weight, eps)
+    hidden.copy_(total)
     if normed is not None:
         normed.copy_(states)
     if out is not None and signs is not None:
@@ -165,11 +162,9 @@ def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) 
 def route(
     normed: Tensor, router: Tensor, bias: Tensor, norm_min: float, selected: Tensor, weights: Tensor
 ) -> None:
-    probabilities = (normed @ router.T).softmax(dim=-1)
-    order = (probabilities + bias).argsort(dim=-1, descending=True, stable=True)
-    selected.copy_(order[:, : selected.shape[1]])
-    chosen = probabilities.gather(-1, selected.long())
-    weights.copy_(chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=norm_min))
+    chosen, shares = step_reference.route(normed, router, bias, norm_min, selected.shape[1])
+    selected.copy_(chosen)
+    weights.copy_(shares)
 
 
 def attend(
@@ -182,20 +177,10 @@ def attend(
     workspace: Tensor,
     splits: int,
 ) -> None:
-    tokens, kv_heads, _, head_dim = keys.shape
+    tokens, _, _, head_dim = keys.shape
     heads = context.shape[1] // head_dim
     assert workspace.numel() >= token_step.attend_workspace(tokens, heads, head_dim, splits)
-    for token, place in enumerate(position.tolist()):
-        rows = qkv[token].view(heads + 2 * kv_heads, head_dim)
-        cosine, sine = angles[place].unbind(-1)  # (D / 2,)
-        even, odd = rows[: heads + kv_heads].unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * cosine - odd * sine, odd * cosine + even * sine), dim=-1).flatten(-2)
-        keys[token, :, place], values[token, :, place] = turned[heads:], rows[heads + kv_heads :]
-        seen = slice(0, place + 1)
-        attended = functional.scaled_dot_product_attention(
-            turned[:heads, None], keys[token, :, seen].float(), values[token, :, seen].float(), enable_gqa=True
-        )  # (heads, 1, D)
-        context[token] = attended.flatten()
+    context.copy_(step_reference.attend(qkv, angles, keys, values, position))
 
 
 def advance(position: Tensor) -> None:

@@ -112,16 +112,16 @@ def cuda_kernel(source: Path, name: str, /, **constants: int) -> CudaKernel:
     Raises:
         BackendUnavailableError: cuda-core is missing, or the source does not compile for this GPU.
     """
-    return _compiled(source, name, tuple(sorted(constants.items())), torch.cuda.current_device())
+    return _compiled(torch.cuda.current_device(), source, name, **constants)
 
 
 @lru_cache(maxsize=256)
-def _compiled(source: Path, name: str, constants: tuple[tuple[str, int], ...], device: int) -> CudaKernel:
+def _compiled(device: int, source: Path, name: str, /, **constants: int) -> CudaKernel:
     core = _core()
     core.Device(device).set_current()
     major, minor = torch.cuda.get_device_capability(device)
     text = _INCLUDE.sub(lambda match: (_HERE / match[1]).read_text(encoding="utf-8"), source.read_text("utf-8"))
-    defines = "".join(f"#define {key} {value}\n" for key, value in constants)
+    defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     options = core.ProgramOptions(std="c++17", arch=f"sm_{major}{minor}")
     try:
         program = core.Program(defines + text, "c++", options)

@@ -5,11 +5,6 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using half2_bits = u32;  // low half first
 
-__device__ __forceinline__ half2_bits add2(half2_bits a, half2_bits b) {
-    half2_bits d;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 __device__ __forceinline__ half2_bits sub2(half2_bits a, half2_bits b) {
     half2_bits d;
     asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));

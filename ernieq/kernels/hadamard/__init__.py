@@ -14,6 +14,7 @@ from torch import Tensor
 from ernieq.errors import ShapeError
 from ernieq.kernels.backend import Backend, default_threads, resolve_backend
 from ernieq.kernels.hadamard import reference
+from ernieq.kernels.precision import float32_products
 
 
 def rotate(
@@ -78,12 +79,8 @@ def _apply_on_gpu(x: Tensor, signs: Tensor, block: int, inverse: bool) -> Tensor
     """One product with the explicit matrix: a GPU's memory is what bounds it, not the multiplications."""
     matrix = _float32_matrix(block, x.device)
     blocks = (x if inverse else x * signs).unflatten(-1, (-1, block))  # (..., n / block, block)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with float32_products(x.device, tensor_cores=False):
         rotated: Tensor = (blocks @ matrix).flatten(-2)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
     return rotated * signs if inverse else rotated
 
 

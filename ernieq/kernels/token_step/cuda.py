@@ -7,7 +7,7 @@ selected, I expert width, D head dimension.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ernieq.errors import ShapeError
-from ernieq.kernels.cuda import CudaKernel, cuda_kernel
+from ernieq.kernels.cuda import cuda_kernel
 
 MOST_EXPERTS = 256
 MOST_CHOICES = 32
 _ROUTE_WARPS = 4
 _ATTEND_THREADS = 256
 _MERGERS = 8  # kMergers in attention.cu
-_HERE = Path(__file__).parent
+_TOKEN_STEP = Path(__file__).with_name("token_step.cu")
+_ATTENTION = Path(__file__).with_name("attention.cu")
 
 
 class Rotated(NamedTuple):
@@ -74,7 +75,7 @@ def add_gathered(hidden: Tensor, rows: Tensor, places: Tensor, factors: Tensor) 
     """
     tokens, width = hidden.shape
     with torch.cuda.device(hidden.device):
-        kernel = _kernel("token_step.cu", "add_gathered_rows")
+        kernel = cuda_kernel(_TOKEN_STEP, "add_gathered_rows")
         kernel((tokens,), 256, hidden, rows, places, factors, places.shape[1], width)
 
 
@@ -136,7 +137,7 @@ def route(
         raise ShapeError(f"{choices} of {experts} experts; the GPU routes to {MOST_CHOICES} of {MOST_EXPERTS}")
     logits, finished = _route_buffers(normed.device, torch.cuda.current_stream(normed.device).cuda_stream)
     with torch.cuda.device(normed.device):
-        _kernel("token_step.cu", "route_tokens", EXPERTS=experts)(
+        cuda_kernel(_TOKEN_STEP, "route_tokens", EXPERTS=experts)(
             (-(-experts // _ROUTE_WARPS), tokens), 32 * _ROUTE_WARPS,
             normed, router, bias, float(norm_min), selected, weights, logits, finished, experts, choices, width,
         )  # fmt: skip
@@ -173,18 +174,18 @@ def attend(
     heads = context.shape[1] // head_dim
     constants = {"HEAD_DIM": head_dim, "GROUP": heads // kv_heads}
     with torch.cuda.device(qkv.device):
-        _kernel("attention.cu", "attend_split", **constants)(
+        cuda_kernel(_ATTENTION, "attend_split", **constants)(
             (splits, kv_heads, tokens), _ATTEND_THREADS,
             qkv, angles, keys, values, position, workspace, kv_heads, max_tokens,
         )  # fmt: skip
-        merge = _kernel("attention.cu", "attend_merge", **constants)
+        merge = cuda_kernel(_ATTENTION, "attend_merge", **constants)
         merge((heads, tokens), _MERGERS * head_dim, workspace, position, context, splits)
 
 
 def advance(position: Tensor) -> None:
     """Count one token more in every sequence: (T,) int32, T at most 1024."""
     with torch.cuda.device(position.device):
-        _kernel("token_step.cu", "advance_positions")((1,), position.shape[0], position, position.shape[0])
+        cuda_kernel(_TOKEN_STEP, "advance_positions")((1,), position.shape[0], position, position.shape[0])
 
 
 def _launch_rows(name: str, block: int, rows: int, width: int, *arguments: Tensor | int | float | None) -> None:
@@ -193,17 +194,8 @@ def _launch_rows(name: str, block: int, rows: int, width: int, *arguments: Tenso
     segments = -(-width // segment)
     device = next(item.device for item in arguments if isinstance(item, Tensor))
     with torch.cuda.device(device):
-        kernel = _kernel("token_step.cu", name, BLOCK=block)
+        kernel = cuda_kernel(_TOKEN_STEP, name, BLOCK=block)
         kernel((rows,), 32 * min(segments, 32), *arguments, shared_bytes=4 * segments * segment)
-
-
-def _kernel(source: str, name: str, **constants: int) -> CudaKernel:
-    return _kernel_on(torch.cuda.current_device(), source, name, **constants)
-
-
-@lru_cache(maxsize=256)
-def _kernel_on(_device: int, source: str, name: str, **constants: int) -> CudaKernel:
-    return cuda_kernel(_HERE / source, name, **constants)
 
 
 @cache

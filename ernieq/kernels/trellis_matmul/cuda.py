@@ -19,7 +19,9 @@ from ernieq.trellis import TILE_SIDE, TrellisCode
 
 # Tokens that ``multiply_selected`` takes: a product per pair of token and expert, each decoding its own tiles.
 SELECTED_LIMIT = 8
-_HERE = Path(__file__).parent
+_DECODE = Path(__file__).with_name("decode.cu")
+_MULTIPLY_FEW = Path(__file__).with_name("multiply_few.cu")
+_MULTIPLY_MANY = Path(__file__).with_name("multiply_many.cu")
 _RESIDENT_WARPS = 40  # of a multiprocessor, in products of a few tokens; kResidentWarps in multiply_few.cu
 _MANY_WARPS = 8
 _STRIP_BYTES = 3 * 2 * (64 + 8)  # of a token: kStages strips of kStride float16 numbers in multiply_many.cu
@@ -63,7 +65,7 @@ def decode(
     name = "trellis_decode_float32" if out.dtype == torch.float32 else "trellis_decode_float16"
     runs = row_tiles * -(-column_tiles // _DECODED_RUN)
     with torch.cuda.device(words.device):
-        kernel = _kernel("decode.cu", name, code, WARPS=_DECODE_WARPS)
+        kernel = _kernel(_DECODE, name, code, WARPS=_DECODE_WARPS)
         kernel((-(-runs // _DECODE_WARPS),), 32 * _DECODE_WARPS, words, scale, out, row_tiles, column_tiles)
     return out
 
@@ -176,7 +178,7 @@ def _multiply_few(
     products = 1 if selected is None else outputs
     with torch.cuda.device(x.device):
         warps = _warps(products * rows // TILE_SIDE, torch.cuda.current_device())
-        kernel = _kernel("multiply_few.cu", "trellis_multiply", code, WARPS=warps)
+        kernel = _kernel(_MULTIPLY_FEW, "trellis_multiply", code, WARPS=warps)
         kernel(
             (rows // TILE_SIDE, products), 32 * warps,
             x, x_scale, words, scale, selected, out, rows, columns, outputs, share,
@@ -201,9 +203,7 @@ def _multiply_many(
     groups = next(n for n in _TOKEN_GROUPS if 8 * n >= expected or n == _TOKEN_GROUPS[-1])
     parts = -(-tokens // (8 * groups)) if offsets is None else 1
     with torch.cuda.device(x.device):
-        kernel = _kernel(
-            "multiply_many.cu", "trellis_multiply_many", code, WARPS=_MANY_WARPS, TOKEN_TILES=groups
-        )
+        kernel = _kernel(_MULTIPLY_MANY, "trellis_multiply_many", code, WARPS=_MANY_WARPS, TOKEN_TILES=groups)
         kernel(
             (-(-rows // (TILE_SIDE * _MANY_WARPS)), matrices, parts), 32 * _MANY_WARPS,
             x, x_scale, words, scale, offsets, out, rows, columns, tokens,
@@ -219,13 +219,8 @@ def _warps(blocks: int, device: int) -> int:
     return next(warps for warps in (16, 8, 4, 2) if warps <= wanted or warps == 2)
 
 
-def _kernel(source: str, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
-    return _kernel_on(torch.cuda.current_device(), source, name, code, **constants)
-
-
-@lru_cache(maxsize=256)
-def _kernel_on(_device: int, source: str, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
-    return cuda_kernel(_HERE / source, name, K=code.bits_per_weight, L=code.state_bits, **constants)
+def _kernel(source: Path, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
+    return cuda_kernel(source, name, K=code.bits_per_weight, L=code.state_bits, **constants)
 
 
 def _check(words: tuple[int, ...], scale: tuple[int, ...], code: TrellisCode, columns: int) -> None:
