@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ernieq.cli.processor import settle_device
 from ernieq.cli.shared import (
     backend_option,
     device_option,
@@ -114,9 +115,10 @@ def command(
     if prompts is not None:
         plan.max_tokens  # noqa: B018 - what does not fit together is refused before the model is loaded
     torch.set_num_threads(threads)
+    device = settle_device(device, backend, quiet=as_json)
+    model, source = _load(path, device, backend, threads)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model, source = _load(path, device, backend, threads)
     positions = model.config.max_position_embeddings
     if prompts is None:
         fitting = tuple(length for length in plan.prompts if length + plan.steps <= positions)

@@ -13,7 +13,11 @@ from click.testing import CliRunner, Result
 from ernieq.cli import main
 
 TinyFactory = Callable[..., Path]
-COMMANDS = (("generate", "w5 w6"), ("eval-ppl", "--base", "none"))
+COMMANDS = (
+    ("generate", "w5 w6"),
+    ("eval-ppl", "--base", "none"),
+    ("bench", "--prompt", "4", "--tokens", "4"),
+)
 
 
 def invoke(command: tuple[str, ...], path: Path, *options: str) -> Result:
