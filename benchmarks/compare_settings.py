@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, write_result
-from quality import PROTOCOL, run
+from quality import PROTOCOL
+from side_by_side import in_order, run
 
 
 def measure(
@@ -84,22 +85,26 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, shared out among the GPUs")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    tasks = [
+        (
+            arguments.model,
+            arguments.text,
+            arguments.work / f"{name}-seed{seed}",
+            [*options, "--seed", str(seed)],
+            arguments.device,
+        )
+        for name, options in arguments.setting
+        for seed in arguments.seeds
+    ]
+    measured = in_order(arguments.jobs, arguments.device, measure, tasks)
     rows: list[dict[str, Any]] = []
     first: dict[str, float] = {}
-    for name, options in arguments.setting:
-        seeds = [
-            measure(
-                arguments.model,
-                arguments.text,
-                arguments.work / f"{name}-seed{seed}",
-                [*options, "--seed", str(seed)],
-                arguments.device,
-            )
-            for seed in arguments.seeds
-        ]
+    for place, (name, options) in enumerate(arguments.setting):
+        seeds = measured[place * len(arguments.seeds) : (place + 1) * len(arguments.seeds)]
         for row in summary(name, options, seeds):
             base = first.setdefault(row["text"], row["kl"])
             spread = "" if row["kl_spread"] is None else f" +- {row['kl_spread']:.4f}"

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, write_result
+from side_by_side import in_order, run
 
 from ernieq.pack import PackedReader
 
@@ -37,12 +36,6 @@ SETTINGS = {
     ],
 }
 PROTOCOL = ["--window", "1024", "--max-windows", "48", "--max-bytes", "400000"]
-
-
-def run(arguments: list[str]) -> str:
-    """Run ``ernieq`` and return what it prints."""
-    command = [sys.executable, "-m", "ernieq.cli", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def measure(model: Path, texts: list[Path], work: Path, setting: str, device: str) -> list[dict[str, Any]]:
@@ -96,19 +89,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where packed checkpoints are kept")
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all")
     parser.add_argument("--device", default="auto", help="where to convert and evaluate")
+    parser.add_argument("--jobs", type=int, default=1, help="settings at a time, shared out among the GPUs")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for setting in arguments.setting or SETTINGS:
-        for measured in measure(arguments.model, arguments.text, arguments.work, setting, arguments.device):
-            rows.append(measured)
-            print(
-                f"{setting} {measured['text']}: KL {measured['kl']:.4f}, ratio {measured['ratio']:.4f}, "
-                f"top-1 {measured['top1']:.3f}, decoder {measured['decoder_bytes'] / 1e6:.2f} MB, "
-                f"file {measured['file_bytes'] / 1e6:.2f} MB",
-                flush=True,
-            )
+    tasks = [
+        (arguments.model, arguments.text, arguments.work, setting, arguments.device)
+        for setting in arguments.setting or SETTINGS
+    ]
+    rows = [row for rows in in_order(arguments.jobs, arguments.device, measure, tasks) for row in rows]
+    for measured in rows:
+        print(
+            f"{measured['setting']} {measured['text']}: KL {measured['kl']:.4f}, "
+            f"ratio {measured['ratio']:.4f}, top-1 {measured['top1']:.3f}, "
+            f"decoder {measured['decoder_bytes'] / 1e6:.2f} MB, "
+            f"file {measured['file_bytes'] / 1e6:.2f} MB",
+            flush=True,
+        )
     if arguments.out:
         command = (
             "python benchmarks/quality.py MODEL --text wikitext2_test.txt --text english_books.txt --work DIR"
