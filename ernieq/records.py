@@ -205,7 +205,11 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Everything measured on one text; ``base``, ``divergence`` and ``routing`` only with a base model."""
+    """Everything measured on one text.
+
+    ``base``, ``divergence`` and ``routing`` are there only with a base model; ``noise`` is the divergence of
+    the base in bfloat16 arithmetic from the base in float32, if it was measured.
+    """
 
     text: TextRecord
     perplexity: PerplexityRecord
@@ -213,6 +217,7 @@ class EvaluationRecord:
     divergence: DivergenceRecord | None
     routing: tuple[RoutingRecord, ...]
     seconds: float
+    noise: DivergenceRecord | None = None
 
 
 def to_plain(record: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ernieq.cli.shared import (
     seed_option,
     threads_option,
 )
+from ernieq.errors import UsageError
 from ernieq.kernels.backend import Backend
 from ernieq.pack import PackedReader, is_packed
 from ernieq.records import EvaluationRecord, WeightsRecord, to_plain
@@ -47,6 +48,7 @@ class _Plan:
     max_bytes: int | None
     batch: int
     seed: int
+    noise_floor: bool
 
 
 @click.command("eval-ppl")
@@ -76,6 +78,11 @@ class _Plan:
 )
 @click.option("--max-bytes", type=click.IntRange(min=1), help="Read only the first N bytes of each text.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Windows per step.")
+@click.option(
+    "--noise-floor",
+    is_flag=True,
+    help="Measure the base in bfloat16 arithmetic too: a divergence that is no larger is noise.",
+)
 @seed_option
 @threads_option
 @backend_option
@@ -113,7 +120,14 @@ def command(
     base_stream = None
     if base_source is not None:
         base_stream = open_stream(base_source, device=device, backend=backend, threads=threads)
-    records = _measure(stream, base_stream, plan)
+    noise_stream = None
+    if plan.noise_floor:
+        if base_source is None:
+            raise UsageError("--noise-floor is the base's own divergence, and there is no base; pass --base")
+        noise_stream = open_stream(
+            base_source, device=device, backend=backend, threads=threads, dtype=torch.bfloat16
+        )
+    records = _measure(stream, base_stream, noise_stream, plan)
     weights = _weights(stream.weight_bytes())
     base_weights = None if base_stream is None else _weights(base_stream.weight_bytes())
     seconds = time.perf_counter() - start
@@ -144,7 +158,9 @@ def _base_source(stream: ModelStream, option: str | None) -> str | Path | None:
     return found
 
 
-def _measure(stream: ModelStream, base_stream: ModelStream | None, plan: _Plan) -> list[EvaluationRecord]:
+def _measure(
+    stream: ModelStream, base_stream: ModelStream | None, noise_stream: ModelStream | None, plan: _Plan
+) -> list[EvaluationRecord]:
     from ernieq.checkpoint import load_tokenizer
     from ernieq.evaluate import Budget, Protocol, evaluate_text, load_text, text_names
 
@@ -163,6 +179,7 @@ def _measure(stream: ModelStream, base_stream: ModelStream | None, plan: _Plan) 
                 window=window,
                 max_windows=plan.max_windows,
                 base_stream=base_stream,
+                noise_stream=noise_stream,
                 budget=Budget.on(stream.device, batch=plan.batch),
                 seed=plan.seed,
                 on_progress=_forward(report, text.name),

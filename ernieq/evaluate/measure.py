@@ -139,6 +139,7 @@ def evaluate_text(
     window: int,
     max_windows: int | None = None,
     base_stream: LayerStream | None = None,
+    noise_stream: LayerStream | None = None,
     budget: Budget | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
@@ -153,13 +154,15 @@ def evaluate_text(
         window: tokens per window.
         max_windows: keep at most so many, from the start.
         base_stream: the model that it is compared with, if any.
+        noise_stream: the base once more, in the arithmetic it is commonly run in; its divergence from
+            ``base_stream`` is the floor below which no divergence means anything.
         budget: memory bounds.
         seed: of the bootstrap.
         on_progress: called with what is under way, steps done and steps in all.
 
     Raises:
         TextError: the text is shorter than one window.
-        UsageError: as `evaluate_stream` and `make_windows`.
+        UsageError: as `evaluate_stream` and `make_windows`; or a noise floor is wanted without a base.
         NonFiniteError: logits are NaN or infinite.
     """
     start = time.perf_counter()
@@ -167,6 +170,12 @@ def evaluate_text(
     windows = make_windows(tokens, protocol, window, max_windows=max_windows)
     result = evaluate_stream(stream, windows, base_stream, budget=budget, on_progress=on_progress)
     scores = result.tokens
+    noise = None
+    if noise_stream is not None:
+        if base_stream is None:
+            raise UsageError("a noise floor is a divergence from the base, and there is no base")
+        floor = evaluate_stream(noise_stream, windows, base_stream, budget=budget, on_progress=on_progress)
+        noise = divergence_of(floor.tokens, seed)
     text_record = TextRecord(
         name=text.name,
         sha256=text.sha256,
@@ -184,6 +193,7 @@ def evaluate_text(
         base=None if scores.base_nll is None else perplexity_of(scores.base_nll, windows.covered_bytes),
         divergence=None if scores.kl is None else divergence_of(scores, seed),
         routing=result.routing,
+        noise=noise,
         seconds=time.perf_counter() - start,
     )
 

@@ -21,12 +21,16 @@ OnProgress = Callable[[str, int, int], None]
 class LayerStream(StructuralType):
     """What this package needs of `ernieq.load.ModelStream`.
 
-    Shapes: B windows, T tokens, N tokens of any windows, H hidden, V vocabulary. States are float32.
+    Shapes: B windows, T tokens, N tokens of any windows, H hidden, V vocabulary.
     """
 
     @property
     def config(self) -> ModelConfig:
         """The model's shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its layers compute in."""
 
     @property
     def rotary(self) -> Rotary:
@@ -103,16 +107,19 @@ def final_states(
         for index in range(total):
             layer = next(layers)
             if trace is None:
-                _apply(layer, hidden, rotary, batch)
+                _apply(layer, hidden, rotary, batch, stream.dtype)
             else:
                 with trace.watch(index, layer):
-                    _apply(layer, hidden, rotary, batch)
+                    _apply(layer, hidden, rotary, batch, stream.dtype)
             del layer  # or it would stay in memory while the next one is loaded
             if on_progress is not None:
                 on_progress(label, index + 1, total)
     return hidden
 
 
-def _apply(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: int) -> None:
+def _apply(
+    layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: int, dtype: torch.dtype
+) -> None:
+    """Move states behind a layer; float32 holds those of a narrower dtype without loss."""
     for part in torch.split(hidden, batch):
-        part.copy_(layer(part, rotary))
+        part.copy_(layer(part.to(dtype), rotary))

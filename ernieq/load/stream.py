@@ -31,14 +31,16 @@ def open_stream(
     device: str | torch.device = "cpu",
     backend: Backend = Backend.AUTO,
     threads: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelStream:
-    """Open a checkpoint that may be larger than memory; computes in float32.
+    """Open a checkpoint that may be larger than memory.
 
     Args:
         path: a directory, ``bundled:NAME``, or the hub id of an ordinary checkpoint.
         device: where layers are put and computed: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``.
         backend: implementation of the kernels for packed weights on the CPU.
         threads: threads of the kernels; all processors by default.
+        dtype: what it computes in; the router and softmaxes keep float32.
 
     Raises:
         CheckpointError: a tensor is missing or malformed.
@@ -50,17 +52,18 @@ def open_stream(
     source = open_source(path)
     source.check_names()
     place.check(source)
-    require_memory(place.device, stream_bytes(source, torch.float32), f"the largest layer of {path}")
-    return ModelStream(source, LoadOptions(torch.float32, place.backend, threads, place.device))
+    require_memory(place.device, stream_bytes(source, dtype), f"the largest layer of {path}")
+    return ModelStream(source, LoadOptions(dtype, place.backend, threads, place.device))
 
 
 class ModelStream:
     """A model whose layers are loaded when they are asked for.
 
-    Shapes: B sequences, T tokens, N tokens of any sequences, H hidden width, V vocabulary. States are float32.
+    Shapes: B sequences, T tokens, N tokens of any sequences, H hidden width, V vocabulary.
 
     Attributes:
         device: where layers are put; states that they are given must be there.
+        dtype: what layers compute in, and the states that they are given must have.
         config: the model's shape.
         rotary: its position encoding.
         tokenizer_directory: where its tokenizer is.
@@ -72,6 +75,7 @@ class ModelStream:
         self._options = options
         self._ends: ErnieForCausalLM | None = None
         self.device = options.device
+        self.dtype = options.dtype
         self.config: ModelConfig = source.config
         self.rotary = Rotary(source.config)
         self.tokenizer_directory: Path = source.directory
@@ -92,9 +96,9 @@ class ModelStream:
         return (self._load_layer(index) for index in range(self.config.num_hidden_layers))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: (N, H) -> (N, V) float32 logits."""
+        """Final norm and head: (N, H) of any dtype -> (N, V) float32 logits."""
         ends = self._loaded_ends()
-        logits: Tensor = ends.lm_head(ends.model.norm(hidden))
+        logits: Tensor = ends.lm_head(ends.model.norm(hidden.to(self.dtype)))
         return logits.float()
 
     def weight_bytes(self) -> dict[str, int]:

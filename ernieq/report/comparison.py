@@ -20,6 +20,7 @@ from ernieq.report.table import Row, Section, Table
 
 _NOTE_ERRORS = "± is one standard error, from the spread of window means (* of single tokens: only one window)."
 _NOTE_INTERVALS = "Brackets are 95% intervals by bootstrap over windows; KL is KL(base || model)."
+_NOTE_NOISE = "The base's own KL is that of bfloat16 arithmetic against float32: what is no larger is noise."
 _NOTHING = "-"
 
 
@@ -50,6 +51,8 @@ def comparison_table(
         sections.append(Section("time", rows))
     columns = ("", base_name, name) if base_name is not None else ("", name)
     notes = (_NOTE_ERRORS, _NOTE_INTERVALS) if with_base else (_NOTE_ERRORS,)
+    if any(record.noise is not None for record in records):
+        notes = (*notes, _NOTE_NOISE)
     return Table("Evaluation", columns, tuple(sections), notes)
 
 
@@ -73,7 +76,12 @@ def _text_section(record: EvaluationRecord, with_base: bool) -> Section:
         _row("bits per byte", _bits_per_byte(record.perplexity), _bits_per_byte(base), with_base),
     ]
     if record.divergence is not None:
-        rows.extend(_row(label, figure, "", with_base) for label, figure in _divergence_rows(record.divergence))
+        figures = _divergence_rows(record.divergence)
+        floor = dict(_divergence_rows(record.noise)) if record.noise is not None else {}
+        rows.extend(_row(label, figure, floor.get(label, ""), with_base) for label, figure in figures)
+        if record.noise is not None and record.noise.mean_kl > 0:
+            times = record.divergence.mean_kl / record.noise.mean_kl
+            rows.append(_row("KL over the noise floor", f"{format_significant(times)} times", "", with_base))
     if record.routing:
         kept = sum(layer.experts_kept for layer in record.routing) / len(record.routing)
         rows.append(_row("experts kept, mean of layers", f"{kept:.1%}", "", with_base))

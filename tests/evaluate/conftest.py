@@ -39,6 +39,7 @@ class TinyStream:
     """Satisfies LayerStream; notes how often the layers were read, and the rows of each chunk of logits."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, seed: int = 0, positions: int = 64, vocab: int = VOCAB, noise: float = 0.0) -> None:
         torch.manual_seed(seed)

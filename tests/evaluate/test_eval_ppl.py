@@ -104,6 +104,20 @@ def test_a_missing_base_is_said_and_passed_over(opened: Opened, text: str) -> No
     assert json.loads(result.stdout)["texts"][0]["base"] is None
 
 
+def test_the_noise_floor_is_the_bases_own_divergence_in_bfloat16(opened: Opened, text: str) -> None:
+    found = run("tiny-2bit", "--base", "tiny", "--text", text, "--noise-floor")
+    assert opened.calls[-1] == ("tiny", opened.calls[1][1] | {"dtype": torch.bfloat16})
+    noise = found["texts"][0]["noise"]
+    assert noise["mean_kl"] == pytest.approx(0, abs=1e-9)  # the imagined stream of the base is float32 again
+    assert run("tiny-2bit", "--base", "tiny", "--text", text)["texts"][0]["noise"] is None
+
+
+def test_a_noise_floor_without_a_base_is_refused(opened: Opened, text: str) -> None:
+    result = invoke("tiny-2bit", "--base", "none", "--text", text, "--noise-floor")
+    assert isinstance(result.exception, UsageError)
+    assert "pass --base" in str(result.exception)
+
+
 def test_every_text_is_measured_and_all_bundled_ones_by_default(opened: Opened, text: str) -> None:
     found = run("tiny", "--text", text, "--text", "wikitext2", "--max-windows", "2")
     assert [record["text"]["name"] for record in found["texts"]] == [text, "wikitext2"]

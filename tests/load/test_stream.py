@@ -50,6 +50,15 @@ def test_a_plain_stream_computes_what_the_whole_model_does(tied: bool, tiny: Any
     assert stream.base is None
 
 
+def test_a_narrow_stream_computes_what_the_whole_model_does_in_bfloat16(tiny: Any) -> None:
+    directory = tiny()
+    with torch.inference_mode():
+        expected = load_model(directory, dtype=torch.bfloat16)(TOKENS).flatten(0, 1)
+    found = logits(open_stream(directory, dtype=torch.bfloat16))
+    assert torch.equal(found, expected.float())
+    assert not torch.equal(found, logits(open_stream(directory)))
+
+
 def test_a_layer_is_let_go_when_the_next_is_asked_for(tmp_path: Path) -> None:
     write_model(tmp_path / "packed", MOE, by_role(EVERYTHING))
     layers = open_stream(tmp_path / "packed").layers()

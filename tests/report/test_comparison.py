@@ -65,3 +65,16 @@ def test_a_ruined_model_still_fits_the_table(
     bad = dataclasses.replace(record, perplexity=dataclasses.replace(record.perplexity, perplexity=value))
     cell = comparison_table([bad], weights, name="m").sections[0].rows[0][1]
     assert len(cell) < 20
+
+
+def test_a_noise_floor_stands_in_the_column_of_the_base(
+    record: EvaluationRecord, weights: WeightsRecord
+) -> None:
+    assert record.divergence is not None
+    noise = dataclasses.replace(record.divergence, mean_kl=0.0008, kl_interval=None)
+    table = comparison_table([dataclasses.replace(record, noise=noise)], weights, name="m", base_name="b")
+    rows = {row[0]: row[1:] for section in table.sections for row in section.rows}
+    assert rows["KL, nats per token"] == ("0.000800", "0.136 [0.131 to 0.141]")
+    assert rows["KL over the noise floor"][1] == "170 times"
+    assert "what is no larger is noise" in table.markdown()
+    assert "noise" not in comparison_table([record], weights, name="m", base_name="b").markdown()
