@@ -27,9 +27,10 @@ from typing import Any
 
 from ernieq.errors import RecipeError
 from ernieq.kernels.viterbi import FULL_FIRST_PASS
-from ernieq.trellis import MAX_BITS, MIN_BITS
+from ernieq.trellis import RATES
 
 KEEP = 16  # "bits" of a tensor that keeps the numbers of the source
+BITS_ALLOWED = f"bits are 1.5 to 6 in halves, 7, 8, or {KEEP} to keep the source"
 
 
 class Part(StrEnum):
@@ -198,16 +199,10 @@ def _refusal(name: str) -> str:
     return f"unknown part {name!r}"
 
 
-def _checked_bits(bits: object, origin: str) -> int:
-    if (
-        not isinstance(bits, int)
-        or isinstance(bits, bool)
-        or not (MIN_BITS <= bits <= MAX_BITS or bits == KEEP)
-    ):
-        raise RecipeError(
-            f"{origin} is {bits!r}; bits are {MIN_BITS} to {MAX_BITS}, or {KEEP} to keep the source"
-        )
-    return bits
+def _checked_bits(bits: object, origin: str) -> float:
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or bits not in (*RATES, KEEP):
+        raise RecipeError(f"{origin} is {bits!r}; {BITS_ALLOWED}")
+    return int(bits) if bits == int(bits) else bits
 
 
 def _replaced(settings: Any, raw: Mapping[str, Any], origin: str) -> Any:
