@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ernieq.errors import UsageError
 
-# Rates of the code, in bits per weight. A half bit is a shift that alternates between the two neighbours; above 6
-# bits a weight is nearly what it was, and a half more buys nothing.
+# Rates of the code, in bits per weight. A half bit is a shift that alternates between the two neighbours; above
+# 6 bits a weight is nearly what it was, and a half more buys nothing.
 RATES: tuple[float, ...] = (1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8)
 RATES_IN_WORDS = "1.5 to 6 in halves, 7 or 8"
 _STATE_BITS = (10, 11, 12, 13, 14, 16)

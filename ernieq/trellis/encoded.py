@@ -22,7 +22,7 @@ class EncodedMatrix:
     multiplied by ``signs`` and then rotated by an orthonormal block Hadamard matrix of ``rotation_block``.
 
     Args:
-        packed: (out_features / 16, in_features / 16, 16 K) int16, the rings of the tiles (16 K whole at half rates too).
+        packed: (out_features / 16, in_features / 16, 16 K) int16, the rings of the tiles.
         scale: (out_features,) float16, per output channel.
         signs: (in_features,) int8, each +1 or -1.
         rotation_block: side of the Hadamard blocks; a power of two that divides in_features.

@@ -2,8 +2,8 @@
 
 The ring holds 256 K bits, the first symbol's high bit first. Sixteen consecutive bits make a unit, first bit
 highest; a tile is 16 K units. The symbol of weight t has ``shifts[t % 2]`` bits and ends at bit
-``(t // 2) * 2 K + (floor(K) if t is even else 2 K)``; the state is the L bits that end there, wrapping around, so
-any bit string is a legal tile and nothing is stored beside the ring.
+``(t // 2) * 2 K + (floor(K) if t is even else 2 K)``; the state is the L bits that end there, wrapping around,
+so any bit string is a legal tile and nothing is stored beside the ring.
 """
 
 from __future__ import annotations

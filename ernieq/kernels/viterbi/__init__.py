@@ -59,7 +59,7 @@ def encode_tiles(
     _native.viterbi_encode(
         targets=np.ascontiguousarray(rounded),
         values=state_values(code.state_bits),
-        bits=code.bits_per_weight,
+        pair_bits=code.pair_bits,
         state_bits=code.state_bits,
         first_pass_steps=first_pass_steps,
         symbols=symbols,

@@ -42,8 +42,8 @@ def search(
         start: the node before the first weight, or None for any.
 
     Returns:
-        Metrics of the nodes after the last weight, int32, and for every step the dropped bits chosen at each node
-        after it, uint8 (as many as ``nodes_before`` the next weight). Of equal candidates the one with the
+        Metrics of the nodes after the last weight, int32, and for every step the dropped bits chosen at each
+        node after it, uint8 (as many as ``nodes_before`` the next weight). Of equal candidates the one with the
         smallest dropped bits wins.
     """
     metrics = np.zeros(code.nodes_before(0), dtype=np.int32)
