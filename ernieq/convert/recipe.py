@@ -141,7 +141,7 @@ def default_recipe(bits: float) -> Recipe:
         RecipeError: bits is not 1.5 to 6 in halves.
     """
     if not _is_number(bits) or bits not in DEFAULT_BITS:
-        raise RecipeError(f"--bits is {bits!r}; there are default recipes for 1.5 to 6 bits in halves")
+        raise RecipeError(f"--bits is {_shown(bits)}; there are default recipes for 1.5 to 6 bits in halves")
     parts = DEFAULT_BITS[bits]
     return Recipe(parts[Part.ROUTED_EXPERTS], dict(parts))
 
@@ -197,9 +197,13 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _shown(value: object) -> str:
+    return f"{value:g}" if _is_number(value) else repr(value)
+
+
 def _checked_bits(bits: object, origin: str) -> float:
     if not _is_number(bits) or bits not in (*RATES, KEEP):
-        raise RecipeError(f"{origin} is {bits!r}; bits are {BITS_ALLOWED}")
+        raise RecipeError(f"{origin} is {_shown(bits)}; bits are {BITS_ALLOWED}")
     return int(bits) if bits == int(bits) else bits
 
 

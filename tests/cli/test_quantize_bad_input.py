@@ -274,9 +274,14 @@ def test_a_recipe_that_asks_for_what_is_not_done_is_refused(
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        (("--bits", "5"), "5"),
-        (("--bits", "1"), "1"),
-        (("--attention-bits", "7"), "attention"),
+        (("--bits", "7"), "1.5 to 6 bits in halves"),
+        (("--bits", "1"), "--bits is 1;"),
+        (("--bits", "2.25"), "--bits is 2.25"),
+        (("--bits", "nan"), "--bits is nan"),
+        (("--attention-bits", "9"), "attention"),
+        (("--attention-bits", "6.5"), "6.5; bits are 1.5 to 6 in halves, 7, 8, or 16 to keep the source"),
+        (("--head-bits", "inf"), "head"),
+        (("--shared-bits", "8"), "10 state bits"),
         (("--state-bits", "9"), "state"),
         (("--state-bits", "17"), "state"),
         (("--embedding-bits", "6"), "10 state bits"),
