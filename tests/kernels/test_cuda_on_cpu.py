@@ -23,7 +23,7 @@ from ernieq.errors import BackendUnavailableError
 from ernieq.kernels.trellis_matmul.cuda import to_words
 from ernieq.kernels.viterbi import cuda as viterbi
 from ernieq.kernels.viterbi import half_reference
-from ernieq.trellis import TrellisCode, tile_values
+from ernieq.trellis import RATES, TrellisCode, tile_values
 
 KERNELS = Path(ernieq.kernels.__file__).parent
 H100_ROOM, A100_ROOM, CONSUMER_ROOM = ((kb << 10) - 2048 for kb in (227, 163, 99))
@@ -116,3 +116,26 @@ def test_the_search_gives_the_references_symbols(
     targets[0, :4] = [0, 1e6, -1e6, 1e-3]
     found = search_on_cpu(torch.from_numpy(targets), code, room, 96, tmp_path)
     assert np.array_equal(found.numpy(), half_reference.encode_tiles(targets, code, 96))
+
+
+def test_a_gpu_with_little_shared_memory_refuses_what_does_not_fit_in_one_sentence() -> None:
+    assert viterbi.layout(TrellisCode(1.5), A100_ROOM).constants["DOUBLE_BUFFER"] == 0
+    assert viterbi.layout(TrellisCode(2.5), CONSUMER_ROOM).constants["DOUBLE_BUFFER"] == 1
+    with pytest.raises(BackendUnavailableError, match=r"at 1\.5 bits needs 128 KB .* pass more bits or --device cpu"):
+        viterbi.layout(TrellisCode(1.5), CONSUMER_ROOM)
+
+
+@pytest.mark.parametrize(
+    ("bits", "state_bits"), [(bits, 16) for bits in RATES] + [(1.5, 11), (3.5, 10), (5, 13), (7, 14)]
+)
+def test_every_lane_decodes_its_weights(bits: float, state_bits: int, tmp_path: Path) -> None:
+    code, tiles = TrellisCode(bits, state_bits), 5
+    constants = {"PAIR_BITS": code.pair_bits, "L": state_bits}
+    source = '#include "half2.cuh"\n' + (KERNELS / "cuda/trellis.cuh").read_text("utf-8") + DECODE
+    library = compiled(tmp_path, constants, source)
+    random = np.random.default_rng(1)
+    packed = random.integers(-(2**15), 2**15, (tiles, code.units_per_tile)).astype(np.int16)
+    words = to_words(torch.from_numpy(packed))
+    found = np.empty((tiles, 256), dtype=np.float16)
+    library.decode(ctypes.c_void_p(words.data_ptr()), ctypes.c_void_p(found.ctypes.data), tiles)
+    assert np.array_equal(found, tile_values(packed, code))
