@@ -38,7 +38,8 @@ extern "C" void forward(const u32* targets, const int* start, u32* survivors, in
             viterbi_forward(targets, start, survivors, best, nullptr, first, steps, keep_from);
         });
 }
-extern "C" void trace_back(const u32* survivors, const int* last, int* boundary, u8* symbols, int tiles, int steps) {
+extern "C" void trace_back(const u32* survivors, const int* last, int* boundary, u8* symbols, int tiles,
+                           int steps) {
     blockDim.x = 1;
     for (blockIdx.x = 0, threadIdx.x = 0; blockIdx.x < (unsigned)tiles; ++blockIdx.x)
         viterbi_trace_back(survivors, last, boundary, symbols, tiles, steps);
@@ -65,8 +66,8 @@ def compiled(folder: Path, constants: dict[str, int], source: str) -> Any:
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     path = folder / f"{'_'.join(map(str, constants.values()))}.cpp"
     path.write_text(defines + text, encoding="utf-8")
-    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", path.with_suffix(".so"), path]
-    subprocess.run(command, check=True)
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o"]
+    subprocess.run([*command, str(path.with_suffix(".so")), str(path)], check=True)
     return ctypes.CDLL(str(path.with_suffix(".so")))
 
 
@@ -105,23 +106,23 @@ def search_on_cpu(targets: Tensor, code: TrellisCode, room: int, first_pass: int
         (2.5, 10, 1 << 10),
         (3.5, 11, H100_ROOM),
         (5.5, 12, H100_ROOM),
-        (8, 16, H100_ROOM),
+        (7, 14, H100_ROOM),  # two threads share a node
     ],
 )
 def test_the_search_gives_the_references_symbols(
     bits: float, state_bits: int, room: int, tmp_path: Path
 ) -> None:
     code, random = TrellisCode(bits, state_bits), np.random.default_rng(3)
-    targets = (random.standard_normal((2 if state_bits == 16 else 3, 256)) * 148).astype(np.float32)
+    targets = (random.standard_normal((3 if state_bits < 14 else 2, 256)) * 148).astype(np.float32)
     targets[0, :4] = [0, 1e6, -1e6, 1e-3]
-    found = search_on_cpu(torch.from_numpy(targets), code, room, 96, tmp_path)
-    assert np.array_equal(found.numpy(), half_reference.encode_tiles(targets, code, 96))
+    found = search_on_cpu(torch.from_numpy(targets), code, room, 36, tmp_path)
+    assert np.array_equal(found.numpy(), half_reference.encode_tiles(targets, code, 36))
 
 
 def test_a_gpu_with_little_shared_memory_refuses_what_does_not_fit_in_one_sentence() -> None:
     assert viterbi.layout(TrellisCode(1.5), A100_ROOM).constants["DOUBLE_BUFFER"] == 0
     assert viterbi.layout(TrellisCode(2.5), CONSUMER_ROOM).constants["DOUBLE_BUFFER"] == 1
-    with pytest.raises(BackendUnavailableError, match=r"at 1\.5 bits needs 128 KB .* pass more bits or --device cpu"):
+    with pytest.raises(BackendUnavailableError, match=r"at 1\.5 bits needs 128 KB .* pass more bits"):
         viterbi.layout(TrellisCode(1.5), CONSUMER_ROOM)
 
 

@@ -55,8 +55,8 @@ def layout(code: TrellisCode, room: int) -> Layout:
     single, other = (4 * (code.nodes_before(weight) + padding) for weight in (0, 1))
     if single > room:
         raise BackendUnavailableError(
-            f"the trellis search at {code.bits_per_weight} bits needs {single // 1024} KB of shared memory a block, "
-            f"and this GPU has {room // 1024} KB to spare; pass more bits or --device cpu"
+            f"the trellis search at {code.bits_per_weight} bits needs {single // 1024} KB of shared memory in "
+            f"a block, of which this GPU has {room // 1024} KB; pass more bits per weight or --device cpu"
         )
     double = single + other <= room
     return Layout(

@@ -26,7 +26,7 @@ def round_targets(targets: NDArray[np.float32]) -> NDArray[np.float16]:
 def search(
     targets: NDArray[np.float16], code: TrellisCode, start: int | None
 ) -> tuple[NDArray[np.float16], list[NDArray[np.uint8]]]:
-    """Run add-compare-select over a sequence that starts at an even weight, as ``reference.search`` does in integers.
+    """Run add-compare-select from an even weight on, as ``reference.search`` does in integers.
 
     Args:
         targets: (steps,) float16 from ``round_targets``.
