@@ -138,7 +138,7 @@ def test_a_random_legal_path_is_found_again_with_zero_loss(bits: float) -> None:
     np.testing.assert_array_equal(tile_values(pack_symbols(symbols, code), code), targets)
 
 
-# Measured over a million samples (benchmarks/results/gaussian_tiles.json): 0.1369, 0.0682, 0.0344, 0.01737,
+# Measured over a million samples (benchmarks/results/gaussian_rates.json): 0.1369, 0.0682, 0.0345, 0.01737,
 # 0.00880, 0.00445; the margin covers the spread of 64 tiles.
 @pytest.mark.parametrize(
     ("bits", "limit"), [(1.5, 0.1405), (2, 0.0700), (2.5, 0.0354), (3, 0.0180), (3.5, 0.00915), (4, 0.00465)]
