@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ernieq.errors import RecipeError
-from ernieq.kernels.viterbi import FULL_FIRST_PASS
+from ernieq.kernels.viterbi import FULL_FIRST_PASS, check_first_pass
 from ernieq.trellis import RATES
 
 KEEP = 16  # "bits" of a tensor that keeps the numbers of the source
@@ -77,6 +77,9 @@ class EncodeSettings:
         first_pass_steps: length of the first tail-biting pass; 96 is quicker, and 1.5 % worse at 2 bits.
         shrinkage: tokens per channel at which an expert's own Hessian counts as much as its layer's.
         correction_damping: share of the mean diagonal that restrains the correction toward the bf16 output.
+
+    Raises:
+        UsageError: first_pass_steps is no multiple of 4 from 4 to 256.
     """
 
     state_bits: int = 16
@@ -84,6 +87,9 @@ class EncodeSettings:
     first_pass_steps: int = FULL_FIRST_PASS
     shrinkage: float = 1.0
     correction_damping: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_first_pass(self.first_pass_steps)
 
 
 @dataclass(frozen=True)

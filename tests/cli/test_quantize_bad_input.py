@@ -259,6 +259,8 @@ def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, monkeypatc
         ("[parts]\nattention = 1", "attention"),
         ("bits = 7", "7"),
         ("[encode]\ndamping = -1", "damping"),
+        ("[encode]\nfirst_pass_steps = 98", "multiple of 4"),
+        ("[parts]\nattention = 4.25", "4.25"),
         ("colour = 1", "colour"),
         ("bits = ", "recipe.toml"),
     ],
