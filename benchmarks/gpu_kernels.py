@@ -19,12 +19,13 @@ import triton_product
 from machine import describe_gpu, describe_machine, write_result
 from torch import Tensor
 
+from ernieq.encode.ring_tensors import symbol_values
 from ernieq.encode.scales import CODEBOOK_SCALE
 from ernieq.kernels.token_step import cuda as step
 from ernieq.kernels.trellis_matmul import cuda as products
 from ernieq.kernels.viterbi import FULL_FIRST_PASS, SHORT_FIRST_PASS, search_tiles
 from ernieq.runtime.speed import copy_bandwidth
-from ernieq.trellis import VALUE_RMS, TrellisCode, state_values
+from ernieq.trellis import VALUE_RMS, TrellisCode
 
 HIDDEN, EXPERT, SHARED, EXPERTS, CHOICES, VOCABULARY = 2560, 1536, 3072, 64, 6, 103424
 HEADS, KV_HEADS, HEAD_DIM = 20, 4, 128
@@ -63,7 +64,7 @@ def tokens_of(count: int, width: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, width, device="cuda").half(), torch.ones(count, device="cuda")
 
 
-def measure_search(bits: int, state_bits: int, first_pass: int) -> dict[str, Any]:
+def measure_search(bits: float, state_bits: int, first_pass: int) -> dict[str, Any]:
     """Squared error and speed of the search on Gaussian tiles."""
     code = TrellisCode(bits, state_bits)
     tiles = torch.cuda.get_device_properties(0).multi_processor_count * 64 * (1 if state_bits == 16 else 4)
@@ -77,11 +78,7 @@ def measure_search(bits: int, state_bits: int, first_pass: int) -> dict[str, Any
     end.record()
     torch.cuda.synchronize()
     seconds = begin.elapsed_time(end) / 1e3
-    states = torch.zeros_like(symbols, dtype=torch.int64)
-    for back in range(-(-state_bits // bits)):
-        states |= symbols.roll(back, dims=1).long() << (back * bits)
-    table = torch.tensor(state_values(state_bits), device="cuda")
-    values = table[states & (code.states - 1)].double() / scale
+    values = symbol_values(symbols, code).double() / scale
     # Two float16 additions and multiplications, one comparison, one minimum and one selection serve two tiles.
     branch_instructions = 2.5 * code.states * (FULL_FIRST_PASS + first_pass) / FULL_FIRST_PASS
     rate = issue_rate()
@@ -125,6 +122,7 @@ def measure_products(bandwidth: float) -> list[dict[str, Any]]:
     """Fused products of one and more tokens, and decoding."""
     rows = []
     for bits, shape, name in (
+        (2.5, (3072, HIDDEN), "q, k, v at 2.5 bits"),
         (4, (3072, HIDDEN), "q, k, v"),
         (4, (HIDDEN, HIDDEN), "o"),
         (4, (2 * SHARED, HIDDEN), "shared gate and up"),
@@ -138,7 +136,7 @@ def measure_products(bandwidth: float) -> list[dict[str, Any]]:
             runs = [partial(products.multiply, *x, words[0], scale[0], code) for words, scale in sets]
             label = f"multiply {name}, {tokens} tokens"
             rows.append(timed(label, graph_seconds(runs), weights * bits / 8, bandwidth, weights))
-    for bits in (2, 4):
+    for bits in (2, 2.5, 4):
         rows += measure_experts(TrellisCode(bits), (2 * EXPERT, HIDDEN), "gate and up", bandwidth)
         rows += measure_experts(TrellisCode(bits), (HIDDEN, EXPERT), "down", bandwidth)
     return rows
@@ -247,7 +245,7 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    searches = [measure_search(bits, 16, FULL_FIRST_PASS) for bits in (2, 3, 4, 5, 6)]
+    searches = [measure_search(bits, 16, FULL_FIRST_PASS) for bits in (1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)]
     searches += [
         measure_search(2, 16, SHORT_FIRST_PASS),
         measure_search(2, 14, FULL_FIRST_PASS),

@@ -66,7 +66,7 @@ OPERATIONS_PER_WEIGHT = 4
 INTEGERS_PER_CLOCK = 64  # per processor of an NVIDIA GPU since Volta
 
 
-def recipe(expert_bits: int) -> dict[ParameterRole, int]:
+def recipe(expert_bits: float) -> dict[ParameterRole, float]:
     """Bits by part: the default recipe, the dense MLP at 3 beside 2-bit experts and at 4 else."""
     return {
         ParameterRole.ROUTED_EXPERT: expert_bits,
@@ -80,7 +80,7 @@ def recipe(expert_bits: int) -> dict[ParameterRole, int]:
 class RandomWeights:
     """Makes parts of a plan on a device; one seed, one model."""
 
-    def __init__(self, bits: dict[ParameterRole, int], device: torch.device) -> None:
+    def __init__(self, bits: dict[ParameterRole, float], device: torch.device) -> None:
         self._bits = bits
         self._device = device
         self._generator = torch.Generator(device).manual_seed(0)
@@ -97,7 +97,7 @@ class RandomWeights:
     def _tiles(self, role: ParameterRole, columns: int, *rows: int) -> tuple[Tensor, Tensor, TrellisCode]:
         """Words and scales; a row's products have about the size of its inputs."""
         code = TrellisCode(self._bits[role])
-        shape = (*rows[:-1], rows[-1] // 16, columns // 16, 8 * code.bits_per_weight)
+        shape = (*rows[:-1], rows[-1] // 16, columns // 16, code.units_per_tile // 2)
         words = torch.randint(
             -(2**31), 2**31, shape, dtype=torch.int32, generator=self._generator, device=self._device
         )
@@ -120,7 +120,7 @@ class RandomWeights:
         return GatedPlan(self.product(role, 2 * inner, hidden, rotation), self.product(role, hidden, inner))
 
 
-def random_plan(config: ModelConfig, bits: dict[ParameterRole, int], device: torch.device) -> ModelPlan:
+def random_plan(config: ModelConfig, bits: dict[ParameterRole, float], device: torch.device) -> ModelPlan:
     """A whole model with a tied head."""
     make = RandomWeights(bits, device)
     table = make.product(ParameterRole.EMBEDDING, config.vocab_size, config.hidden_size)
@@ -149,14 +149,14 @@ def random_layer(make: RandomWeights, config: ModelConfig, index: int) -> LayerP
     return LayerPlan(ones, qkv, output, ones, shared, routed)
 
 
-def bytes_of_weights(config: ModelConfig, bits: dict[ParameterRole, int]) -> dict[str, int]:
+def bytes_of_weights(config: ModelConfig, bits: dict[ParameterRole, float]) -> dict[str, int]:
     """What each weight takes: words and a float16 scale per row, or float32."""
 
     def size(_name: str, spec: ParameterSpec) -> int:
         if spec.role not in bits:
             return 4 * torch.Size(spec.shape).numel()
         rows, columns = spec.shape
-        return rows * columns * bits[spec.role] // 8 + 2 * rows
+        return rows * columns * TrellisCode(bits[spec.role]).pair_bits // 16 + 2 * rows
 
     return weight_bytes(config, size)
 
@@ -211,7 +211,7 @@ def measure_prompts(runtime: PackedRuntime, prompts: tuple[int, ...]) -> list[di
     return rows
 
 
-def measure(config: ModelConfig, expert_bits: int, device: torch.device, *, profile: bool) -> dict[str, Any]:
+def measure(config: ModelConfig, expert_bits: float, device: torch.device, *, profile: bool) -> dict[str, Any]:
     """All figures of one variant; the peak of memory is that of batch 1."""
     bits = recipe(expert_bits)
     bandwidth, rate = copy_bandwidth(device), decode_rate(device)
@@ -272,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--layers", type=int, default=SHAPE.num_hidden_layers)
-    parser.add_argument("--expert-bits", type=int, nargs="*", default=[2, 4])
+    parser.add_argument("--expert-bits", type=float, nargs="*", default=[2, 4])
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -47,7 +47,7 @@ class Plan:
         module_weights: weights of every module that is quantized.
     """
 
-    modules: dict[str, int]
+    modules: dict[str, float]
     parts: tuple[PartPlan, ...]
     output_bytes: int
     memory_bytes: int
@@ -78,7 +78,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         RecipeError: a pattern of the recipe matches nothing that can be quantized, or nothing is quantized.
     """
     checkpoint.audit()
-    modules: dict[str, int] = {}
+    modules: dict[str, float] = {}
     totals: dict[str, list[int]] = {str(part): [0, 0, 0] for part in PARTS.values()} | {"kept": [0, 0, 0]}
     quantizable: set[str] = set()
     expected = expected_parameters(checkpoint.config)
@@ -87,7 +87,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         parameters = prod(info.shape)
         part = PARTS.get(expected[name].role) if name in expected and name.endswith(".weight") else None
         module = name.removesuffix(".weight")
-        bits = KEEP
+        bits: float = KEEP
         if part is not None:
             quantizable.add(module)
             bits = recipe.bits_of(module, part)
@@ -99,9 +99,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             continue
         _check_sides(name, info.shape)
         modules[module] = bits
-        row[1] += parameters * bits
+        ring_bits = int(parameters * bits)  # exact: whole tiles, whole half bits
+        row[1] += ring_bits
         rows, columns = info.shape
-        row[2] += parameters * bits // 8 + 2 * rows + columns // 8 + 3 * _HEADER_BYTES_PER_TENSOR
+        row[2] += ring_bits // 8 + 2 * rows + columns // 8 + 3 * _HEADER_BYTES_PER_TENSOR
     _check_patterns(recipe, quantizable)
     if not modules:
         raise RecipeError("the recipe keeps every tensor: there is nothing to quantize")

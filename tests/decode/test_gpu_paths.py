@@ -15,7 +15,7 @@ from ernieq.model import Mlp, Routing
 from tests.decode import fake_kernels
 from tests.decode.encoded_matrices import random_matrix, random_signs
 
-BITS = [2, 3, 4, 5, 6]
+BITS = [1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 8]
 HIDDEN, WIDTH, EXPERTS, CHOICES = 64, 48, 6, 2
 
 
@@ -28,7 +28,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def some_experts(bits: int, *, alike: bool = True) -> TrellisExperts:
+def some_experts(bits: float, *, alike: bool = True) -> TrellisExperts:
     def linear(rows: int, columns: int, seed: int, name: str) -> TrellisLinear:
         signs = random_signs(columns, 0 if alike or name == "down" else seed)
         return TrellisLinear(random_matrix(rows, columns, bits, signs=signs, seed=seed))
@@ -55,7 +55,7 @@ def some_states(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "kernel"), [(1, "multiply"), (64, "multiply"), (65, "decode")])
-def test_a_product_is_that_of_the_cpu(bits: int, rows: int, kernel: str, calls: list[str]) -> None:
+def test_a_product_is_that_of_the_cpu(bits: float, rows: int, kernel: str, calls: list[str]) -> None:
     matrix, bias = random_matrix(96, 128, bits), torch.linspace(-1, 1, 96)
     x = some_states(rows, 128) * 1000
     expected = TrellisLinear(matrix, bias)(x)
@@ -89,7 +89,7 @@ def test_a_row_of_zeros_gives_zeros_and_no_rows_give_none(calls: list[str]) -> N
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_looked_up_and_decoded_rows_have_the_bits_of_the_cpu(bits: int, calls: list[str]) -> None:
+def test_looked_up_and_decoded_rows_have_the_bits_of_the_cpu(bits: float, calls: list[str]) -> None:
     matrix = random_matrix(16 * 100, 64, bits)
     ids = torch.tensor([[0, 15, 16, 700, 700], [1599, 3, 1024, 1023, 0]])
     plain, held = TrellisEmbedding(matrix), fake_kernels.hold_words(TrellisEmbedding(matrix))
@@ -111,7 +111,9 @@ def test_a_tied_head_multiplies_with_the_words_of_the_table(calls: list[str]) ->
     ("tokens", "kernel"),
     [(1, "multiply_selected"), (8, "multiply_selected"), (9, "multiply_grouped"), (500, "decode")],
 )
-def test_experts_compute_what_they_do_on_the_cpu(bits: int, tokens: int, kernel: str, calls: list[str]) -> None:
+def test_experts_compute_what_they_do_on_the_cpu(
+    bits: float, tokens: int, kernel: str, calls: list[str]
+) -> None:
     x, chosen = some_states(tokens, HIDDEN), routing(tokens)
     expected = some_experts(bits)(x, chosen)
     experts = fake_kernels.hold_words(some_experts(bits))

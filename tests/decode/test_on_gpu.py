@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [1, 9, 64, 65, 300])
-def test_a_product_is_that_of_the_cpu(bits: int, rows: int) -> None:
+def test_a_product_is_that_of_the_cpu(bits: float, rows: int) -> None:
     matrix, bias = random_matrix(96, 2560, bits), torch.linspace(-1, 1, 96)
     x = some_states(rows, 2560) * 1000
     expected = TrellisLinear(matrix, bias)(x)
@@ -28,7 +28,7 @@ def test_a_product_is_that_of_the_cpu(bits: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rows_before_the_rotation_is_undone_have_the_bits_of_the_cpu(bits: int) -> None:
+def test_rows_before_the_rotation_is_undone_have_the_bits_of_the_cpu(bits: float) -> None:
     matrix = random_matrix(16 * 100, 256, bits)
     plain, moved = TrellisEmbedding(matrix), TrellisEmbedding(matrix).to("cuda")
     bands = torch.tensor([0, 3, 99])
@@ -42,7 +42,7 @@ def test_rows_before_the_rotation_is_undone_have_the_bits_of_the_cpu(bits: int) 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("tokens", [1, 8, 9, 60, 500])
-def test_experts_compute_what_they_do_on_the_cpu(bits: int, tokens: int) -> None:
+def test_experts_compute_what_they_do_on_the_cpu(bits: float, tokens: int) -> None:
     x, chosen = some_states(tokens, HIDDEN), routing(tokens)
     expected = some_experts(bits)(x, chosen)
     experts = some_experts(bits).to("cuda")

@@ -8,17 +8,18 @@ from torch import Tensor
 
 from ernieq.kernels.token_step import reference as step_reference
 from ernieq.kernels.trellis_matmul import reference
-from ernieq.trellis import TrellisCode
+from ernieq.trellis import RATES, TrellisCode
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels have nowhere to run"),
 ]
 
-CODES = [TrellisCode(bits, 16) for bits in range(2, 7)] + [
+CODES = [TrellisCode(bits, 16) for bits in RATES] + [
     TrellisCode(2, 10),
+    TrellisCode(2.5, 11),
     TrellisCode(3, 12),
-    TrellisCode(6, 14),
+    TrellisCode(7, 14),
 ]
 
 
@@ -70,8 +71,8 @@ def test_products_of_any_number_of_tokens(code: TrellisCode, tokens: int) -> Non
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_products_with_selected_matrices(bits: int, shared: bool) -> None:
+@pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3, 3.5, 4, 8])
+def test_products_with_selected_matrices(bits: float, shared: bool) -> None:
     from ernieq.kernels.trellis_matmul import cuda
 
     code = TrellisCode(bits, 16)
@@ -87,11 +88,12 @@ def test_products_with_selected_matrices(bits: int, shared: bool) -> None:
         assert relative(found[pair][None], reference.matmul(row, packed[matrix], scale[matrix], code)) < 1e-6
 
 
+@pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3.5, 8])
 @pytest.mark.parametrize("counts", [[0, 5, 0, 1, 30], [0, 0, 0, 0, 0], [100, 0, 7, 64, 65]])
-def test_products_with_tokens_sorted_by_matrix(counts: list[int]) -> None:
+def test_products_with_tokens_sorted_by_matrix(counts: list[int], bits: float) -> None:
     from ernieq.kernels.trellis_matmul import cuda
 
-    code = TrellisCode(2, 16)
+    code = TrellisCode(bits, 16)
     packed, scale = encoded(32, 128, code, 6, matrices=5)
     offsets = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     x, factor = inputs(sum(counts), 128, 7)

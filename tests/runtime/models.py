@@ -36,21 +36,33 @@ DENSE = dataclasses.replace(SMALL, model_type="ernie4_5", moe_num_experts=0, moe
 UNTIED_BIAS = dataclasses.replace(SMALL, tie_word_embeddings=False, use_bias=True)
 NO_SHARED = dataclasses.replace(SMALL, moe_num_shared_experts=0)
 
-Bits = Callable[[str], int]
+Bits = Callable[[str], float]
 
 
-def recipe_bits(name: str) -> int:
+def recipe_bits(name: str) -> float:
     """As recipes give bits: by part."""
     if ".experts." in name:
         return 2
     return 3 if name.startswith("model.layers") else 5
 
 
-def mixed_bits(name: str) -> int:
+def mixed_bits(name: str) -> float:
     """Other bits for v than for q and k, and for up than for gate, outside the routed experts."""
     if ".experts." in name:
         return 4 if "down" in name else 3
     return 4 if "v_proj" in name or "up_proj" in name else 2
+
+
+def bits_of_layers(name: str) -> float:
+    """Half bits, other ones in every layer and for every part of it; q, k and v differ in some."""
+    if not name.startswith("model.layers"):
+        return 8
+    layer = int(name.split(".")[2])
+    if ".experts." in name:
+        return (2, 3.5, 1.5)[layer] if "down" in name else (2, 1.5, 2.5)[layer]
+    if "k_proj" in name or "v_proj" in name:
+        return (3.5, 4.5, 2.5)[layer]
+    return (3.5, 2.5, 8)[layer] if "q_proj" in name or "down" in name else (7, 3, 5.5)[layer]
 
 
 def input_of(name: str) -> str:

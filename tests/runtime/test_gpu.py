@@ -17,6 +17,7 @@ from tests.runtime.models import (
     SMALL,
     UNTIED_BIAS,
     Bits,
+    bits_of_layers,
     mixed_bits,
     recipe_bits,
     tokens,
@@ -47,6 +48,7 @@ WIDE = ModelConfig(
 CASES: list[tuple[str, ModelConfig, Bits]] = [
     ("a mixture of experts", SMALL, recipe_bits),
     ("codes that differ among matrices of one input", SMALL, mixed_bits),
+    ("half bits, others in every layer", SMALL, bits_of_layers),
     ("an untied head and biases", UNTIED_BIAS, recipe_bits),
     ("no shared experts", NO_SHARED, recipe_bits),
     ("a dense model", DENSE, recipe_bits),

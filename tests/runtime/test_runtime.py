@@ -21,6 +21,7 @@ from tests.runtime.models import (
     SMALL,
     UNTIED_BIAS,
     Bits,
+    bits_of_layers,
     mixed_bits,
     model_pair,
     recipe_bits,
@@ -70,6 +71,7 @@ def check_close(found: list[Tensor], expected: list[Tensor], *, outliers: int = 
 CASES: list[tuple[str, ModelConfig, Bits, bool]] = [
     ("a mixture of experts", SMALL, recipe_bits, True),
     ("codes that differ among matrices of one input", SMALL, mixed_bits, True),
+    ("half bits, others in every layer", SMALL, bits_of_layers, True),
     ("an untied head and biases", UNTIED_BIAS, recipe_bits, True),
     ("no shared experts", NO_SHARED, recipe_bits, True),
     ("a dense model", DENSE, recipe_bits, True),

@@ -220,7 +220,7 @@ def _warps(blocks: int, device: int) -> int:
 
 
 def _kernel(source: Path, name: str, code: TrellisCode, **constants: int) -> CudaKernel:
-    return cuda_kernel(source, name, K=code.bits_per_weight, L=code.state_bits, **constants)
+    return cuda_kernel(source, name, PAIR_BITS=code.pair_bits, L=code.state_bits, **constants)
 
 
 def _check(words: tuple[int, ...], scale: tuple[int, ...], code: TrellisCode, columns: int) -> None:

@@ -1,6 +1,6 @@
 // Decoding: a warp decodes up to four neighbouring tiles of a row and writes runs of their columns.
 //
-// Constants: K bits a weight, L state bits, WARPS warps of a block.
+// Constants: PAIR_BITS bits of a pair of weights, L state bits, WARPS warps of a block.
 #include "half2.cuh"
 #include "trellis.cuh"
 

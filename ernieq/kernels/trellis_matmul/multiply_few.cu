@@ -1,14 +1,14 @@
 // Products of up to eight tokens with matrices in the trellis code: a block decodes one row of tiles, its columns
 // divided among the warps.
 //
-// Constants: K bits a weight, L state bits, WARPS warps of a block.
+// Constants: PAIR_BITS bits of a pair of weights, L state bits, WARPS warps of a block.
 #include "half2.cuh"
 #include "trellis.cuh"
 
 constexpr int kResidentWarps = 40;  // of a multiprocessor: at most 48 registers a thread
 constexpr int kAhead = 4;  // tiles whose words are on their way while as many are multiplied
 
-// x: (inputs, columns) float16. words: (matrices, rows / 16, columns / 16, 8 K). scale: (matrices, rows) float16.
+// x: (inputs, columns) float16. words: (matrices, rows / 16, columns / 16, kTileWords). scale: (matrices, rows) float16.
 // out: (outputs, rows) float32 = x_scale * scale / 128 * (values x). Grid: (rows / 16, products).
 // selected: product i is of matrix selected[i] with input i / inputs_shared_by. Null: one product of `tokens` tokens.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, kResidentWarps / WARPS) trellis_multiply(

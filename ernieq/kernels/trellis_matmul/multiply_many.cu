@@ -1,6 +1,6 @@
 // Products of more tokens: a warp decodes a row of tiles, the block shares a strip of inputs in shared memory.
 //
-// Constants: K bits a weight, L state bits, WARPS warps of a block, TOKEN_TILES groups of eight tokens that share a
+// Constants: PAIR_BITS bits of a pair of weights, L state bits, WARPS warps of a block, TOKEN_TILES groups of eight tokens that share a
 // decoded tile.
 #include "half2.cuh"
 #include "trellis.cuh"

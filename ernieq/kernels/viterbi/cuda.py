@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ernieq.errors import NonFiniteError
+from ernieq.errors import BackendUnavailableError, NonFiniteError
 from ernieq.kernels.cuda import CudaKernel, cuda_kernel
 from ernieq.kernels.viterbi.half_reference import HALF_LIMIT, HALF_UNIT
 from ernieq.trellis import TILE_WEIGHTS, TrellisCode
@@ -22,38 +22,85 @@ _DECLARED_BYTES = 2048  # at most, of shared memory that the kernel declares bes
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a code's states are shared out among the threads of a block; ``viterbi.cu`` has the same numbers.
+
+    Attributes:
+        constants: what the source is compiled with.
+        threads: threads of a block.
+        words_per_step: 32-bit words of decisions that a block writes a step.
+        shared_bytes: shared memory that a block is given for metrics.
+    """
+
+    constants: dict[str, int]
+    threads: int
+    words_per_step: int
+    shared_bytes: int
+
+
+def layout(code: TrellisCode, room: int) -> Layout:
+    """The layout of a code where a block may have ``room`` bytes of shared memory for metrics.
+
+    Raises:
+        BackendUnavailableError: the metrics of one step need more.
+    """
+    even, odd = code.shifts
+    values = min(64, code.states // 32)  # a warp is the smallest block
+    threads = code.states // values
+    held = min(1 << odd, values)  # top parts of a state that a thread holds of each of its low parts
+    parts = (1 << odd) // held  # threads that share a node
+    words = max(_decision_words(values // held << (odd - dropped), dropped) for dropped in (even, odd))
+    padding = parts if parts > 1 else 0
+    # One buffer has room for the metrics before either weight of a pair, two for both at once.
+    single, other = (4 * (code.nodes_before(weight) + padding) for weight in (0, 1))
+    if single > room:
+        raise BackendUnavailableError(
+            f"the trellis search at {code.bits_per_weight} bits needs {single // 1024} KB of shared memory in "
+            f"a block, of which this GPU has {room // 1024} KB; pass more bits per weight or --device cpu"
+        )
+    double = single + other <= room
+    return Layout(
+        {
+            "SHIFT_EVEN": even,
+            "SHIFT_ODD": odd,
+            "L": code.state_bits,
+            "VALUES": values,
+            "DOUBLE_BUFFER": int(double),
+        },
+        threads,
+        words * threads // parts,
+        single + other if double else single,
+    )
+
+
+def _decision_words(outputs: int, dropped: int) -> int:
+    """Words that a thread needs for the decisions of its outputs in a step that drops some bits."""
+    field = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8}.get(dropped, 16)
+    return -(-outputs * field // 16)
+
+
+@dataclass(frozen=True)
 class _Search:
     """The two kernels of a code on a GPU, and the sizes that go with them."""
 
     forward: CudaKernel
     trace_back: CudaKernel
-    threads: int
-    words_per_step: int  # 32-bit words of decisions that a block writes a step
-    shared_bytes: int
+    layout: Layout
     blocks_per_wave: int
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _prepared(code: TrellisCode, device: int) -> _Search:
     properties = torch.cuda.get_device_properties(device)
-    bits = code.bits_per_weight
-    values = min(64, code.states // 32)  # a warp is the smallest block
-    threads = code.states // values
-    outputs = values >> bits
-    field = {2: 2, 3: 4, 4: 4, 5: 8, 6: 16}[bits]
-    single = 4 * code.nodes
     room = int(properties.shared_memory_per_block_optin) - _DECLARED_BYTES  # type: ignore[attr-defined,unused-ignore]
-    shared = 2 * single if 2 * single <= room else single
+    found = layout(code, room)
     source = Path(__file__).with_name("viterbi.cu")
-    constants = {"K": bits, "L": code.state_bits, "VALUES": values, "DOUBLE_BUFFER": int(shared > single)}
-    per_multiprocessor = max(1, min(65536 // (threads * 64), room // shared, 32))
+    resident = max(1, min(65536 // (found.threads * 64), room // found.shared_bytes, 32))
     return _Search(
-        cuda_kernel(source, "viterbi_forward", **constants),
-        cuda_kernel(source, "viterbi_trace_back", **constants),
-        threads,
-        -(-outputs * field // 16) * threads,
-        shared,
-        properties.multi_processor_count * per_multiprocessor,
+        cuda_kernel(source, "viterbi_forward", **found.constants),
+        cuda_kernel(source, "viterbi_trace_back", **found.constants),
+        found,
+        properties.multi_processor_count * resident,
     )
 
 
@@ -65,7 +112,7 @@ def encode_tiles(
     Args:
         targets: (tiles, 256) float32 on a GPU, in value units.
         code: the trellis code.
-        first_pass_steps: weights around the seam that the first pass looks at, even, 2 to 256.
+        first_pass_steps: weights around the seam that the first pass looks at, a multiple of 4, 4 to 256.
         workspace_bytes: memory for decisions, at least that of one wave of blocks.
 
     Returns:
@@ -82,7 +129,7 @@ def encode_tiles(
     with torch.cuda.device(targets.device):
         search = _prepared(code, torch.cuda.current_device())
         words = _paired_words(targets)
-        pair_bytes = 4 * search.words_per_step * TILE_WEIGHTS
+        pair_bytes = 4 * search.layout.words_per_step * TILE_WEIGHTS
         waves = max(1, workspace_bytes // (pair_bytes * search.blocks_per_wave))
         chunk = min(words.shape[0], waves * search.blocks_per_wave)
         survivors = torch.empty(chunk * pair_bytes // 4, dtype=torch.int32, device=targets.device)
@@ -111,8 +158,8 @@ def _encode_chunk(search: _Search, words: Tensor, survivors: Tensor, symbols: Te
 
     def forward(start: Tensor | None, best: Tensor | None, first: int, steps: int, keep_from: int) -> None:
         search.forward(
-            (pairs,), search.threads, words, start, survivors, best, None, first, steps, keep_from,
-            shared_bytes=search.shared_bytes,
+            (pairs,), search.layout.threads, words, start, survivors, best, None, first, steps, keep_from,
+            shared_bytes=search.layout.shared_bytes,
         )  # fmt: skip
 
     forward(None, last, TILE_WEIGHTS - half, first_pass, half)

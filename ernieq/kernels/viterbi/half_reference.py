@@ -25,8 +25,8 @@ def round_targets(targets: NDArray[np.float32]) -> NDArray[np.float16]:
 
 def search(
     targets: NDArray[np.float16], code: TrellisCode, start: int | None
-) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-    """Run add-compare-select over a sequence, as ``reference.search`` does in integers.
+) -> tuple[NDArray[np.float16], list[NDArray[np.uint8]]]:
+    """Run add-compare-select from an even weight on, as ``reference.search`` does in integers.
 
     Args:
         targets: (steps,) float16 from ``round_targets``.
@@ -34,29 +34,33 @@ def search(
         start: the node before the first weight, or None for any.
 
     Returns:
-        Final metrics (nodes,) float16 and the dropped bits chosen at every step, (steps, nodes) uint8. Of equal
-        candidates the one with the smallest dropped bits wins.
+        Metrics of the nodes after the last weight, float16, and for every step the dropped bits chosen at each
+        node after it, uint8. Of equal candidates the one with the smallest dropped bits wins.
     """
     values = (state_values(code.state_bits).astype(np.float32) / HALF_UNIT).astype(np.float16)
-    metrics = np.zeros(code.nodes, dtype=np.float16)
+    metrics = np.zeros(code.nodes_before(0), dtype=np.float16)
     if start is not None:
         metrics[:] = np.inf
         metrics[start] = 0
-    choices = np.empty((len(targets), code.nodes), dtype=np.uint8)
+    choices = []
     for step, target in enumerate(targets):
         if step and step % RENORMALISE_EVERY == 0:
             metrics = metrics - metrics.min()
-        inherited = np.repeat(metrics.reshape(code.symbols, -1), code.symbols, axis=1)  # (dropped, node)
-        difference = (values - target).astype(np.float64).reshape(code.symbols, code.nodes)
+        inherited = np.repeat(metrics, code.symbols_at(step))  # (states,)
+        difference = (values - target).astype(np.float64)
         # The square of a float16 and its sum with another are exact in float64: one rounding, as in an fma.
         candidates = (difference * difference + inherited).astype(np.float16)
-        choices[step] = candidates.argmin(axis=0)
+        candidates = candidates.reshape(code.symbols_at(step + 1), -1)  # (dropped, node)
+        choices.append(candidates.argmin(axis=0).astype(np.uint8))
         metrics = candidates.min(axis=0)
     return metrics, choices
 
 
 def encode_tiles(targets: NDArray[np.float32], code: TrellisCode, first_pass_steps: int) -> NDArray[np.uint8]:
-    """Tail-biting search: (tiles, 256) float32 targets in value units -> (tiles, 256) uint8 symbols."""
+    """Tail-biting search: (tiles, 256) float32 targets in value units -> (tiles, 256) uint8 symbols.
+
+    The first pass covers a multiple of four weights.
+    """
     half = first_pass_steps // 2
     seam = np.arange(-half, half) % TILE_WEIGHTS
     symbols = np.empty(targets.shape, dtype=np.uint8)
