@@ -166,6 +166,8 @@ def command(
         seconds = time.monotonic() - started
         if report.tuning is not None:
             progress.line(_tuning_sentence(report.tuning))
+        elif report.untuned:
+            progress.line(f"not tuned: {report.untuned}")
     _print_result(report, out, seconds, as_json=as_json)
     checkpoint.close()
 

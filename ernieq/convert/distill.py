@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ernieq.convert.recipe import TuneSettings
+from ernieq.convert.teacher import Teacher
 from ernieq.convert.tunable import TunableModel
-from ernieq.model import ErnieForCausalLM
 
 HELD_OUT = 10  # the last tenth of the windows
 # Rows of logits alive at once, in three tables of the vocabulary's width.
@@ -56,8 +56,8 @@ class Distillation:
     """Tunes a model.
 
     Args:
-        teacher: the bf16 model.
-        student: the quantized one, on the same device; its changes learn.
+        teacher: the bf16 model, which has seen all windows.
+        student: the quantized one; its changes learn.
         windows: (windows, length) int64, at least two, calibration text.
         settings: steps, batch, step size.
         seed: of the order of the windows.
@@ -65,7 +65,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: ErnieForCausalLM,
+        teacher: Teacher,
         student: TunableModel,
         windows: Tensor,
         settings: TuneSettings,
@@ -73,11 +73,9 @@ class Distillation:
     ) -> None:
         held = max(1, len(windows) // HELD_OUT)
         self._teacher, self._student, self._settings = teacher, student, settings
-        self._device = next(teacher.parameters()).device
         self._train, self._held = windows[:-held], windows[-held:]
         self._generator = torch.Generator().manual_seed(seed)
         self._changes = list(student.changes())
-        self._wanted = self._teacher_states(windows)
 
     @torch.enable_grad()
     def run(self, on_step: Callable[[int, int], None] = lambda *_: None) -> TuningReport:
@@ -115,20 +113,14 @@ class Distillation:
         first, total = len(self._train), 0.0
         for start in range(0, len(self._held), self._windows_at_once):
             part = self._held[start : start + self._windows_at_once]
-            states = self._student.model.model(part.to(self._device))
-            wanted = self._wanted[first + start : first + start + len(part)]
+            states = self._student.states(part)
+            wanted = self._teacher.states(slice(first + start, first + start + len(part)))
             total += sum(float(loss) for loss in self._losses(states, wanted))
         return total / self._held.numel()
 
     @property
     def _windows_at_once(self) -> int:
         return max(1, _TOKENS_AT_ONCE // self._held.shape[1])
-
-    @torch.no_grad()
-    def _teacher_states(self, windows: Tensor) -> Tensor:
-        """The teacher's input of the head, (windows, length, hidden_size): logits would be too large."""
-        parts = windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1]))
-        return torch.cat([self._teacher.model(part.to(self._device)).cpu() for part in parts])
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         """Numbers of the windows of so many steps; all windows are seen before one is seen again."""
@@ -148,9 +140,9 @@ class Distillation:
         """Add the gradient of a batch's mean divergence, a few windows and a few rows of logits at a time."""
         tokens = batch.numel() * self._train.shape[1]
         for part in batch.split(self._windows_at_once):
-            states = self._student.model.model(self._train[part].to(self._device))
+            states = self._student.states(self._train[part])
             cut = states.detach().requires_grad_()
-            for loss in self._losses(cut, self._wanted[part]):
+            for loss in self._losses(cut, self._teacher.states(part)):
                 (loss / tokens).backward()
             states.backward(cut.grad)
 
@@ -159,9 +151,7 @@ class Distillation:
         for found, aim in zip(
             states.flatten(0, 1).split(_LOGIT_ROWS), wanted.flatten(0, 1).split(_LOGIT_ROWS), strict=True
         ):
-            with torch.no_grad():
-                target = self._teacher.lm_head(aim.to(self._device)).float().log_softmax(dim=-1)
-            log_probs = self._student.model.lm_head(found).float().log_softmax(dim=-1)
+            log_probs, target = self._student.log_probs(found), self._teacher.log_probs(aim)
             yield functional.kl_div(log_probs, target, reduction="sum", log_target=True)
 
     def _copy(self) -> list[Tensor]:

@@ -27,7 +27,7 @@ from ernieq.convert.overlap import BackgroundSink, Sink, read_layers
 from ernieq.convert.plan import Plan, make_plan
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.stored import HessianDirectory, quantize_layer_from
-from ernieq.convert.tune import LARGEST_TUNED_MODEL, HeldMatrices, tune_model
+from ernieq.convert.tune import HeldMatrices, refusal, tune_model
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
 from ernieq.errors import OutputExistsError, RecipeError, StorageError
@@ -108,7 +108,7 @@ class Conversion:
         self._experts = self._workplace.expert_batches(config, tokens, self._listener.on_phase)
         self.plan = make_plan(checkpoint, recipe)
         self._coverage = self._planned_coverage()
-        self._tunes = self._can_tune()
+        self._untuned = self._why_untuned()
 
     def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
         """Convert.
@@ -126,12 +126,13 @@ class Conversion:
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
             sample = self._sample()
-            if sample is not None and self._tunes:
+            if sample is not None and self._untuned is None:
                 report = self._encode_and_tune(sample, writer)
             else:
                 with self._workplace.limited(), BackgroundSink(writer) as sink:
                     report = self._encode(sample, sink)
                 self._keep_rest(writer, {})
+                report.untuned = self._untuned or ""
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
             self._listener.on_phase("writing and verifying")
@@ -139,19 +140,17 @@ class Conversion:
             writer.finish(self._checkpoint.raw_config, manifest, card=card(report))
         return report
 
-    def _can_tune(self) -> bool:
-        """Whether scales and norms are tuned; a model that is too large for it is said to be so."""
+    def _why_untuned(self) -> str | None:
+        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are.
+
+        Raises:
+            RecipeError: they are to be, without text.
+        """
         if not self._recipe.tune.enabled:
-            return False
+            return ""
         if isinstance(self._calibration, HessianDirectory):
             raise RecipeError("--tune needs the calibration text, and stored Hessians have none: leave one out")
-        if self.plan.parameters > LARGEST_TUNED_MODEL:
-            self._listener.on_phase(
-                f"not tuned: the model has {self.plan.parameters / 1e9:.1f} B parameters, tuning takes up to "
-                f"{LARGEST_TUNED_MODEL / 1e9:.0f} B"
-            )
-            return False
-        return True
+        return refusal(self.plan.parameters, self._workplace)
 
     def _sample(self) -> CalibrationSample | None:
         """Calibration windows; None with stored Hessians."""
@@ -170,10 +169,11 @@ class Conversion:
                 held.matrices,
                 sample.windows,
                 self._recipe,
-                self._workplace.device,
+                self._workplace,
                 self._listener.on_tuning_step,
             )
         report.tuning = tuned.report
+        report.untuned = "" if tuned.report else "the calibration text is too short to hold some of it out"
         for name, matrix in tuned.matrices.items():
             writer.add_encoded(name, matrix)
         self._keep_rest(writer, tuned.tensors)

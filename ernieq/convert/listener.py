@@ -35,13 +35,14 @@ class Listener:
 
 @dataclass
 class ConversionReport:
-    """What a conversion did; ``tuning`` is None where nothing was tuned."""
+    """What a conversion did; ``untuned`` says why scales and norms were not tuned although they should."""
 
     plan: Plan
     calibration: CalibrationRecord
     layers: list[LayerReport] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     tuning: TuningReport | None = None
+    untuned: str = ""
 
     def to_json(self, workplace: Workplace, seconds: float) -> dict[str, Any]:
         """What the manifest keeps of it."""

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as checkpoint_gradient
 
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.export import decode_rows
 from ernieq.encode.scales import SMALLEST_SCALE
-from ernieq.load import load_model
-from ernieq.model import ErnieForCausalLM, RmsNorm
+from ernieq.model import ErnieForCausalLM, ParameterRole, RmsNorm, expected_parameters
 from ernieq.trellis import EncodedMatrix
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -47,7 +47,7 @@ class RowScale(nn.Module):
 
     def rounded(self) -> NDArray[np.float16]:
         """What the file stores, (out_features,)."""
-        scale: NDArray[np.float16] = self().detach().cpu().numpy().astype(np.float16)
+        scale: NDArray[np.float16] = self().detach().half().cpu().numpy()
         return scale
 
 
@@ -55,7 +55,7 @@ class ScaledLinear(nn.Module):
     """Products with a quantized matrix.
 
     Args:
-        values: (out_features, in_features), the decoded matrix with all scales 1.
+        values: (out_features, in_features), the decoded matrix with all scales 1; products have its dtype.
         scale: of its rows.
         bias: (out_features,), or None.
     """
@@ -66,7 +66,8 @@ class ScaledLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        output: Tensor = functional.linear(states, self._values) * self.scale()
+        products = functional.linear(states.to(self._values.dtype), self._values)
+        output: Tensor = products.to(states.dtype) * self.scale()
         return output if self._bias is None else output + self._bias
 
 
@@ -85,21 +86,20 @@ class ScaledEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """(...) int64 to (..., width)."""
         scales = functional.embedding(token_ids, self.scale()[:, None])  # (..., 1)
-        return functional.embedding(token_ids, self._values) * scales
+        return functional.embedding(token_ids, self._values).float() * scales
 
 
 class TunableNorm(nn.Module):
     """A norm whose weight learns relative to its own root mean square.
 
     Args:
-        norm: as in the source.
+        weight: (width,) float32, as in the source.
         eps: of the model.
         stored: dtype in which the source stores the weight.
     """
 
-    def __init__(self, norm: RmsNorm, eps: float, stored: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, eps: float, stored: torch.dtype) -> None:
         super().__init__()
-        weight = norm.weight.detach()
         with weight.device:
             self._unit = RmsNorm(weight.numel(), eps).requires_grad_(False)
         self._source, self._step, self._stored = weight, weight.square().mean().sqrt(), stored
@@ -119,44 +119,92 @@ class TunableNorm(nn.Module):
         return output
 
 
+class Recomputed(nn.Module):
+    """A decoder layer whose activations are computed again for the gradient, and not held until then."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], _cache: None = None) -> Tensor:
+        """As the layer itself, without a cache."""
+        output: Tensor = checkpoint_gradient(self._layer, hidden, rotary, use_reentrant=False)
+        return output
+
+
 class TunableModel:
     """The quantized model, and what of it can learn.
 
     Args:
         checkpoint: the source; norms, router and whatever else is not quantized come from it.
         matrices: module name -> what the encoder found.
-        device: where the model lies, in float32.
+        device: where the model lies.
+        narrow: whether decoded matrices are held and multiplied in bfloat16, and layers compute twice rather
+            than hold their activations: for a model that would not fit otherwise.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, matrices: Mapping[str, EncodedMatrix], device: torch.device
+        self,
+        checkpoint: Checkpoint,
+        matrices: Mapping[str, EncodedMatrix],
+        device: torch.device,
+        *,
+        narrow: bool = False,
     ) -> None:
-        self.model = load_model(checkpoint.directory, device=device).requires_grad_(False)
-        self.scales: dict[str, RowScale] = {}
+        self._device = device
+        self.scales = {name: RowScale(matrix.scale, device) for name, matrix in matrices.items()}
         self.norms: dict[str, TunableNorm] = {}
+        with torch.device("meta"):
+            self.model = ErnieForCausalLM(checkpoint.config).requires_grad_(False)
+        self._fill(checkpoint)
         for name, matrix in matrices.items():
-            self.scales[name] = RowScale(matrix.scale, device)
-            _replace_matrix(self.model, name, _unit_rows(matrix).to(device), self.scales[name])
-        for name, norm in list(self.model.named_modules()):
-            if isinstance(norm, RmsNorm):
-                stored = _DTYPES[checkpoint.info(f"{name}.weight").dtype]
-                self.norms[f"{name}.weight"] = TunableNorm(norm, checkpoint.config.rms_norm_eps, stored)
-                _put(self.model, name, self.norms[f"{name}.weight"])
+            values = _unit_rows(matrix, torch.bfloat16 if narrow else torch.float32).to(device)
+            _replace_matrix(self.model, name, values, self.scales[name])
+        if narrow:
+            for index, layer in enumerate(self.model.model.layers):
+                self.model.model.layers[index] = Recomputed(layer)
+
+    def states(self, token_ids: Tensor) -> Tensor:
+        """Input of the head: (windows, length) int64 to (windows, length, hidden_size) float32."""
+        states: Tensor = self.model.model(token_ids.to(self._device))
+        return states
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Log probabilities of the next token: (rows, hidden_size) to (rows, vocabulary) float32."""
+        logits: Tensor = self.model.lm_head(states)
+        return logits.log_softmax(dim=-1)
 
     def changes(self) -> Iterator[nn.Parameter]:
         """All that learns: zero where nothing has changed."""
         yield from (scale.change for scale in self.scales.values())
         yield from (norm.change for norm in self.norms.values())
 
+    def _fill(self, checkpoint: Checkpoint) -> None:
+        """Load whatever is not quantized, in float32."""
+        for name, spec in expected_parameters(checkpoint.config).items():
+            module = name.removesuffix(".weight")
+            if module in self.scales:
+                continue
+            tensor = checkpoint.parameter(name, spec, torch.float32).to(self._device)
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+            if spec.role is ParameterRole.NORM:
+                stored, eps = _DTYPES[checkpoint.info(name).dtype], checkpoint.config.rms_norm_eps
+                self.norms[name] = TunableNorm(tensor, eps, stored)
+                _put(self.model, module, self.norms[name])
+        checkpoint.release()
+        if checkpoint.config.tie_word_embeddings:
+            self.model.tie_head()
+
 
 def _as_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value + (value.to(dtype).to(value.dtype) - value).detach()
 
 
-def _unit_rows(matrix: EncodedMatrix) -> Tensor:
+def _unit_rows(matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
     """The decoded matrix in the model's own basis with all scales 1."""
     unit = dataclasses.replace(matrix, scale=np.ones_like(matrix.scale))
-    return torch.cat(list(decode_rows(unit)))
+    return torch.cat([rows.to(dtype) for rows in decode_rows(unit)])
 
 
 def _replace_matrix(model: ErnieForCausalLM, name: str, values: Tensor, scale: RowScale) -> None:

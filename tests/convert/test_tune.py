@@ -1,4 +1,4 @@
-"""Tuning after rounding lowers the divergence, changes scales and norms alone, and never makes anything worse."""
+"""Tuning after rounding lowers the divergence, and changes scales and norms alone; or it changes nothing."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ import torch
 from ernieq.calibrate import read_text_file
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import (
-    Conversion,
     HessianDirectory,
-    Listener,
     Part,
     Recipe,
     TuneSettings,
     TuningReport,
+    Workplace,
     draw_sample,
+    tune,
     tune_model,
 )
-from ernieq.convert import job as conversion_job
 from ernieq.convert.tunable import TunableModel
-from ernieq.encode import EncodeOptions
 from ernieq.errors import RecipeError
 from ernieq.load import load_model
 from ernieq.pack import PackedReader, verify_packed
@@ -39,7 +37,7 @@ CPU = torch.device("cpu")
 
 def tuning_recipe(*, enabled: bool = True, steps: int = 40, learning_rate: float = 0.01) -> Recipe:
     """Two bits for everything but the embedding, so that there is much to win."""
-    parts = {part: 2 for part in Part if part is not Part.EMBEDDING}
+    parts: dict[Part, int] = {part: 2 for part in Part if part is not Part.EMBEDDING}
     tune = TuneSettings(enabled, steps, batch_tokens=1024, window=32, learning_rate=learning_rate)
     return dataclasses.replace(quick_recipe(parts=parts, windows=120), tune=tune)
 
@@ -151,7 +149,7 @@ def test_too_little_text_to_hold_some_out_changes_nothing(tiny: Tiny, tmp_path: 
     convert(source, tmp_path / "packed", recipe=dataclasses.replace(recipe, tune=TuneSettings()))
     reader = PackedReader(tmp_path / "packed")
     matrices = {module: reader.encoded(module) for module in reader.modules()}
-    tuned = tune_model(open_checkpoint(source), matrices, torch.full((1, 32), 5), recipe, CPU)
+    tuned = tune_model(open_checkpoint(source), matrices, torch.full((1, 32), 5), recipe, Workplace.on(CPU))
     assert tuned.report is None
     assert tuned.matrices == matrices
     assert not tuned.tensors
@@ -160,19 +158,37 @@ def test_too_little_text_to_hold_some_out_changes_nothing(tiny: Tiny, tmp_path: 
 def test_a_model_that_is_too_large_is_said_not_to_be_tuned(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion_job, "LARGEST_TUNED_MODEL", 1000)
-    source, text = tiny(), write_words(tmp_path / "words.txt", WORDS)
-    said: list[str] = []
-    conversion = Conversion(
-        open_checkpoint(source),
-        str(source),
-        tuning_recipe(),
-        [read_text_file(text)],
-        EncodeOptions(threads=1),
-        Listener(on_phase=said.append),
-    )
-    assert conversion.run(tmp_path / "out", overwrite=False, card=lambda _: "# a test\n").tuning is None
-    assert [line for line in said if line.startswith("not tuned")]
+    source = tiny()
+    convert(source, tmp_path / "off", tuning_recipe(enabled=False))
+    monkeypatch.setattr(tune, "LARGEST_ON_CPU", 1000)
+    report = convert(source, tmp_path / "on", tuning_recipe())
+    assert report.tuning is None
+    assert report.untuned.startswith("the model has 0.0 B parameters; tuning on a CPU")
+    assert file_hashes(tmp_path / "on", "*.safetensors") == file_hashes(tmp_path / "off", "*.safetensors")
+
+
+@pytest.mark.parametrize(("vram", "refused"), [(51_000_000_000, True), (52_000_000_000, False)])
+def test_the_21b_model_is_tuned_on_a_gpu_that_holds_it_in_16_bits(vram: int, refused: bool) -> None:
+    found = tune.refusal(21_825_000_000, Workplace(torch.device("cuda"), vram))
+    assert (found is not None) == refused
+
+
+def test_a_narrow_model_and_its_gradients_are_nearly_those_of_float32(tiny: Tiny, tmp_path: Path) -> None:
+    source = tiny(moe=False)  # no router, whose choice could turn on a rounding
+    convert(source, tmp_path / "packed", quick_recipe())
+    reader = PackedReader(tmp_path / "packed")
+    matrices = {module: reader.encoded(module) for module in reader.modules()}
+    tokens, gradients, logits = torch.arange(3, 35)[None], [], []
+    for narrow in (False, True):
+        tunable = TunableModel(open_checkpoint(source), matrices, CPU, narrow=narrow)
+        for change in tunable.changes():
+            change.requires_grad_()
+        logits.append(tunable.log_probs(tunable.states(tokens)))
+        logits[-1][..., 7].sum().backward()
+        gradients.append(torch.cat([change.grad for change in tunable.changes() if change.grad is not None]))
+    for exact, rounded in (logits, gradients):
+        error = (exact - rounded).detach().norm() / exact.detach().norm()
+        assert 0 < float(error) < 0.05
 
 
 def test_stored_hessians_have_no_text_to_tune_on(tiny: Tiny, tmp_path: Path) -> None:
