@@ -172,8 +172,7 @@ class Conversion:
                 self._workplace,
                 self._listener.on_tuning_step,
             )
-        report.tuning = tuned.report
-        report.untuned = "" if tuned.report else "the calibration text is too short to hold some of it out"
+        report.tuning, report.untuned = tuned.report, tuned.untuned
         for name, matrix in tuned.matrices.items():
             writer.add_encoded(name, matrix)
         self._keep_rest(writer, tuned.tensors)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as checkpoint_gradient
 
+from ernieq.calibrate.narrow import ExactRouter
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.export import decode_rows
 from ernieq.encode.scales import SMALLEST_SCALE
 from ernieq.model import ErnieForCausalLM, ParameterRole, RmsNorm, expected_parameters
+from ernieq.model.mlp import Router
 from ernieq.trellis import EncodedMatrix
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -139,8 +141,8 @@ class TunableModel:
         checkpoint: the source; norms, router and whatever else is not quantized come from it.
         matrices: module name -> what the encoder found.
         device: where the model lies.
-        narrow: whether decoded matrices are held and multiplied in bfloat16, and layers compute twice rather
-            than hold their activations: for a model that would not fit otherwise.
+        narrow: whether the matrices of the layers are held and multiplied in bfloat16, and layers compute twice
+            rather than hold their activations: for a model that would not fit otherwise.
     """
 
     def __init__(
@@ -158,8 +160,13 @@ class TunableModel:
             self.model = ErnieForCausalLM(checkpoint.config).requires_grad_(False)
         self._fill(checkpoint)
         for name, matrix in matrices.items():
-            values = _unit_rows(matrix, torch.bfloat16 if narrow else torch.float32).to(device)
+            # 8 bits of a logit would be too few: embedding and head stay wide.
+            rounded = narrow and name not in (_EMBEDDING, _HEAD)
+            values = _unit_rows(matrix, torch.bfloat16 if rounded else torch.float32).to(device)
             _replace_matrix(self.model, name, values, self.scales[name])
+        for name, router in list(self.model.named_modules()):
+            if isinstance(router, Router):
+                _put(self.model, name, ExactRouter(router))
         if narrow:
             for index, layer in enumerate(self.model.model.layers):
                 self.model.model.layers[index] = Recomputed(layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -46,12 +46,14 @@ class Tuned:
     Args:
         matrices: module name -> matrix with the same code words, in the order in which they were encoded.
         tensors: source name -> tensors that are no longer the source's (norms), in its dtype.
-        report: what tuning did; None if the text was too short to hold some out.
+        report: what tuning did, unless there was none.
+        untuned: why there was none.
     """
 
     matrices: Mapping[str, EncodedMatrix]
-    tensors: Mapping[str, RawTensor]
-    report: TuningReport | None
+    tensors: Mapping[str, RawTensor] = field(default_factory=dict)
+    report: TuningReport | None = None
+    untuned: str = ""
 
 
 def refusal(parameters: int, workplace: Workplace) -> str | None:
@@ -88,15 +90,18 @@ def tune_model(
     length = min(recipe.tune.window, windows.shape[1])
     windows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     if len(windows) < 2:
-        return Tuned(matrices, {}, None)
+        return Tuned(matrices, untuned="the calibration text is too short to hold some of it out")
     device, parameters = workplace.device, sum(prod(checkpoint.info(name).shape) for name in checkpoint.names())
     narrow = not _fits(_FLOAT32 * parameters, workplace)
-    with float32_products(device, tensor_cores=True):
-        teacher = Teacher(checkpoint, windows, device)
-        student = TunableModel(checkpoint, matrices, device, narrow=narrow)
-        report = Distillation(teacher, student, windows, recipe.tune, recipe.seed).run(on_step)
+    try:
+        with float32_products(device, tensor_cores=True):
+            teacher = Teacher(checkpoint, windows, device)
+            student = TunableModel(checkpoint, matrices, device, narrow=narrow)
+            report = Distillation(teacher, student, windows, recipe.tune, recipe.seed).run(on_step)
+    except torch.OutOfMemoryError:  # hours of encoding are not thrown away for it
+        return Tuned(matrices, untuned="the GPU's memory ran out")
     if not report.gained:
-        return Tuned(matrices, {}, report)
+        return Tuned(matrices, report=report)
     scaled = {
         name: dataclasses.replace(matrix, scale=student.scales[name].rounded())
         for name, matrix in matrices.items()

@@ -151,6 +151,7 @@ def test_too_little_text_to_hold_some_out_changes_nothing(tiny: Tiny, tmp_path: 
     matrices = {module: reader.encoded(module) for module in reader.modules()}
     tuned = tune_model(open_checkpoint(source), matrices, torch.full((1, 32), 5), recipe, Workplace.on(CPU))
     assert tuned.report is None
+    assert "too short" in tuned.untuned
     assert tuned.matrices == matrices
     assert not tuned.tensors
 
