@@ -21,12 +21,14 @@ from ernieq.convert.tunable import TunableModel
 
 HELD_OUT = 10  # the last tenth of the windows
 # Rows of logits alive at once, in three tables of the vocabulary's width.
-_LOGIT_ROWS = 512
+LOGIT_ROWS = 512
 # Tokens whose activations are held for a gradient: 3 GB in float32 for a model of 18 layers, 1024 wide.
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 _WARM_UP = 5  # steps in which the step size grows to its full length
 _CHECKS = 5  # comparisons on the held-out windows
-_PATIENCE = 2  # of them without gain, after which tuning ends
+# Tuning ends where a divergence is so many times that of the start. A rise by less is no reason: the first, long
+# steps often raise it, and the short ones at the end bring it down.
+_DIVERGED = 2.0
 _BETAS = (0.9, 0.95)
 
 
@@ -87,7 +89,7 @@ class Distillation:
         steps = self._settings.steps
         optimizer = torch.optim.Adam([change.requires_grad_() for change in self._changes], betas=_BETAS)
         before = best = self.held_out()
-        kept, checked, done = self._copy(), 0, 0
+        kept, done = self._copy(), 0
         for batch in self._batches(steps):
             for group in optimizer.param_groups:
                 group["lr"] = self._step_size(done)
@@ -98,10 +100,10 @@ class Distillation:
             on_step(done, steps)
             if done % max(1, steps // _CHECKS) and done < steps:
                 continue
-            found, checked = self.held_out(), checked + 1
-            if found < best:  # never with NaN
-                best, kept, checked = found, self._copy(), 0
-            if checked == _PATIENCE:
+            found = self.held_out()
+            if found < best:
+                best, kept = found, self._copy()
+            if not found < _DIVERGED * before:  # NaN is not
                 break
         for change, value in zip(self._changes, kept, strict=True):
             change.requires_grad_(False).copy_(value)
@@ -120,7 +122,7 @@ class Distillation:
 
     @property
     def _windows_at_once(self) -> int:
-        return max(1, _TOKENS_AT_ONCE // self._held.shape[1])
+        return max(1, TOKENS_AT_ONCE // self._held.shape[1])
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         """Numbers of the windows of so many steps; all windows are seen before one is seen again."""
@@ -149,7 +151,7 @@ class Distillation:
     def _losses(self, states: Tensor, wanted: Tensor) -> Iterator[Tensor]:
         """Sums of KL(bf16 || quantized) over a few rows of logits at a time."""
         for found, aim in zip(
-            states.flatten(0, 1).split(_LOGIT_ROWS), wanted.flatten(0, 1).split(_LOGIT_ROWS), strict=True
+            states.flatten(0, 1).split(LOGIT_ROWS), wanted.flatten(0, 1).split(LOGIT_ROWS), strict=True
         ):
             log_probs, target = self._student.log_probs(found), self._teacher.log_probs(aim)
             yield functional.kl_div(log_probs, target, reduction="sum", log_target=True)

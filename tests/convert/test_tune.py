@@ -21,10 +21,13 @@ from ernieq.convert import (
     TuningReport,
     Workplace,
     draw_sample,
+    estimate_seconds,
+    make_plan,
     tune,
     tune_model,
 )
 from ernieq.convert.tunable import TunableModel
+from ernieq.encode import EncodeOptions
 from ernieq.errors import RecipeError
 from ernieq.load import load_model
 from ernieq.pack import PackedReader, verify_packed
@@ -190,6 +193,15 @@ def test_a_narrow_model_and_its_gradients_are_nearly_those_of_float32(tiny: Tiny
     for exact, rounded in (logits, gradients):
         error = (exact - rounded).detach().norm() / exact.detach().norm()
         assert 0 < float(error) < 0.05
+
+
+def test_the_plan_counts_the_memory_and_the_time_of_tuning(tiny: Tiny) -> None:
+    checkpoint, options = open_checkpoint(tiny()), EncodeOptions(threads=1)
+    without, with_it = tuning_recipe(enabled=False), tuning_recipe(steps=1_000_000)
+    plan = make_plan(checkpoint, without)
+    assert make_plan(checkpoint, with_it).memory_bytes > plan.memory_bytes
+    seconds = [estimate_seconds(checkpoint.config, plan, recipe, options) for recipe in (without, with_it)]
+    assert seconds[1] > seconds[0]
 
 
 def test_stored_hessians_have_no_text_to_tune_on(tiny: Tiny, tmp_path: Path) -> None:
