@@ -26,8 +26,8 @@ LOGIT_ROWS = 512
 TOKENS_AT_ONCE = 2048
 _WARM_UP = 5  # steps in which the step size grows to its full length
 _CHECKS = 5  # comparisons on the held-out windows
-# Tuning ends where a divergence is so many times that of the start. A rise by less is no reason: the first, long
-# steps often raise it, and the short ones at the end bring it down.
+# Tuning ends where a divergence is so many times that of the start. A rise by less is no reason: the long steps
+# at first often raise it, and the short ones at the end bring it down.
 _DIVERGED = 2.0
 _BETAS = (0.9, 0.95)
 

@@ -44,8 +44,9 @@ class RowScale(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(self._stored))
 
     def forward(self) -> Tensor:
-        """(out_features,) float32, each a positive number of float16, unless the change is absurd."""
-        return _as_stored((self._stored * self.change.exp()).clamp(min=SMALLEST_SCALE), torch.float16)
+        """(out_features,) float32, each a positive number of float16 as long as the change is a number."""
+        scale = (self._stored * self.change.exp()).clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+        return _as_stored(scale, torch.float16)
 
     def rounded(self) -> NDArray[np.float16]:
         """What the file stores, (out_features,)."""
