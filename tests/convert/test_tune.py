@@ -14,6 +14,7 @@ import torch
 from ernieq.calibrate import read_text_file
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import (
+    KEEP,
     HessianDirectory,
     Part,
     Recipe,
@@ -137,9 +138,14 @@ def test_the_same_tuning_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) -> Non
     assert file_hashes(tmp_path / "one", "*.safetensors") == file_hashes(tmp_path / "two", "*.safetensors")
 
 
-def test_before_tuning_the_tunable_model_computes_what_the_packed_one_does(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kept", [{}, {Part.EMBEDDING: KEEP}, {Part.ATTENTION: KEEP, Part.SHARED_EXPERTS: KEEP}]
+)
+def test_before_tuning_the_tunable_model_computes_what_the_packed_one_does(
+    tiny: Tiny, tmp_path: Path, kept: dict[Part, int]
+) -> None:
     source = tiny(use_bias=True)
-    convert(source, tmp_path / "packed", quick_recipe())
+    convert(source, tmp_path / "packed", quick_recipe(parts=kept))
     reader = PackedReader(tmp_path / "packed")
     matrices = {module: reader.encoded(module) for module in reader.modules()}
     tunable = TunableModel(open_checkpoint(source), matrices, CPU)
