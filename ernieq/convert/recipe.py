@@ -118,7 +118,7 @@ class TuneSettings:
     steps: int = 100
     batch_tokens: int = 2048
     window: int = 512
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
 
 
 @dataclass(frozen=True)
