@@ -185,7 +185,10 @@ def _recipe(bits: int | None, recipe_file: Path | None, settings: dict[str, Any]
     raw = {"parts": parts, "encode": encode, "calibration": calibration, "tune": _tune_settings(settings)}
     if settings["seed"] or recipe_file is None:
         raw["seed"] = settings["seed"]
-    return apply_overrides(recipe, raw, "options")
+    recipe = apply_overrides(recipe, raw, "options")
+    if settings["tune_steps"] is not None and not recipe.tune.enabled:
+        raise UsageError("--tune-steps means nothing without --tune")
+    return recipe
 
 
 def _tune_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -273,6 +276,7 @@ def _print_result(report: ConversionReport, out: Path, seconds: float, *, as_jso
                 "calibration_tokens": report.calibration.tokens,
                 "layers": [dataclasses.asdict(layer) for layer in report.layers],
                 "tuning": None if report.tuning is None else dataclasses.asdict(report.tuning),
+                "untuned": report.untuned,
             }
         )
         return

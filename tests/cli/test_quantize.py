@@ -92,6 +92,16 @@ def test_tune_changes_scales_and_no_tune_leaves_them(source: Path, tmp_path: Pat
     assert verified["tuned"] == 7
 
 
+def test_steps_of_tuning_without_tuning_are_refused(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "packed", "--tune-steps", "5"), 2, "--tune-steps", "without --tune")
+
+
+def test_the_text_that_is_too_short_for_tuning_is_said_to_be(source: Path, tmp_path: Path) -> None:
+    result = quantize(source, tmp_path / "packed", "--tune", "--windows", "1", "--json")
+    assert "too short" in json.loads(done(result))["untuned"]
+    assert "not tuned: the calibration text is too short" in result.stderr
+
+
 def test_options_override_the_recipe_file_and_the_file_the_defaults(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
