@@ -10,7 +10,7 @@ from ernieq.checkpoint import Checkpoint, load_embedding, load_final_norm, load_
 from ernieq.convert.overlap import read_layers
 from ernieq.model import Rotary
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 2048  # whose activations are held: nothing of the size of a layer
 
 
 class Teacher:
