@@ -39,6 +39,7 @@ from ernieq.convert import (
     Part,
     Plan,
     Recipe,
+    TuningReport,
     apply_overrides,
     check_output,
     default_recipe,
@@ -98,6 +99,12 @@ def _part_options(function: Any) -> Any:
 @click.option(
     "--fast", is_flag=True, help="Shorten the first search pass: a quarter less search time, 1.5 % more error."
 )
+@click.option(
+    "--tune/--no-tune",
+    default=None,
+    help="Tune channel scales and norms after rounding, by distillation on the same text.  [default: off]",
+)
+@click.option("--tune-steps", type=click.IntRange(min=1), help="Steps of --tune at most.  [default: 100]")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--dry-run", is_flag=True, help="Print the plan (sizes, memory, disk, time) and stop.")
 @seed_option
@@ -158,6 +165,10 @@ def command(
         started = time.monotonic()
         report = conversion.run(out, overwrite=overwrite, card=lambda report: _card(name, out, recipe, report))
         seconds = time.monotonic() - started
+        if report.tuning is not None:
+            progress.line(_tuning_sentence(report.tuning))
+        elif report.untuned:
+            progress.line(f"not tuned: {report.untuned}")
     _print_result(report, out, seconds, as_json=as_json)
     checkpoint.close()
 
@@ -172,10 +183,18 @@ def _recipe(bits: float | None, recipe_file: Path | None, settings: dict[str, An
     if settings["fast"]:
         encode["first_pass_steps"] = SHORT_FIRST_PASS
     calibration = {key: settings[key] for key in ("windows", "window") if settings[key] is not None}
-    raw = {"parts": parts, "encode": encode, "calibration": calibration}
+    raw = {"parts": parts, "encode": encode, "calibration": calibration, "tune": _tune_settings(settings)}
     if settings["seed"] or recipe_file is None:
         raw["seed"] = settings["seed"]
-    return apply_overrides(recipe, raw, "options")
+    recipe = apply_overrides(recipe, raw, "options")
+    if settings["tune_steps"] is not None and not recipe.tune.enabled:
+        raise UsageError("--tune-steps means nothing without --tune")
+    return recipe
+
+
+def _tune_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    given = {"enabled": settings["tune"], "steps": settings["tune_steps"]}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _calibration(
@@ -201,7 +220,17 @@ def _listener(progress: ProgressReport, layers: int) -> Listener:
             line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
         progress.line(line)
 
-    return Listener(on_phase=progress.describe, on_weights=progress.advance, on_layer=on_layer)
+    def on_tuning_step(done: int, steps: int) -> None:
+        progress.describe(f"tuning: step {done} of {steps}")
+
+    return Listener(progress.describe, progress.advance, on_layer, on_tuning_step)
+
+
+def _tuning_sentence(report: TuningReport) -> str:
+    found = f"held-out divergence {report.before:.4f}"
+    if not report.gained:
+        return f"tuning: {found} was not lowered in {report.steps} steps; scales and norms stay as they were"
+    return f"tuning: {found} -> {report.after:.4f} in {report.steps} steps"
 
 
 def _card(name: str, out: Path, recipe: Recipe, report: ConversionReport) -> str:
@@ -247,6 +276,8 @@ def _print_result(report: ConversionReport, out: Path, seconds: float, *, as_jso
                 "seconds": seconds,
                 "calibration_tokens": report.calibration.tokens,
                 "layers": [dataclasses.asdict(layer) for layer in report.layers],
+                "tuning": None if report.tuning is None else dataclasses.asdict(report.tuning),
+                "untuned": report.untuned,
             }
         )
         return

@@ -48,7 +48,8 @@ def _expected_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def _sentence(report: VerifyReport) -> str:
     shards = "1 shard" if report.shards == 1 else f"{report.shards} shards"
     return (
-        f"{report.path} is whole: {report.quantized} quantized, {report.kept} kept and {report.carried} "
-        f"carried tensors in {shards} ({format_bytes(report.shard_bytes)}), {report.files} copied files, "
-        f"format {report.format_version}; hashes, shapes, scales and coverage hold."
+        f"{report.path} is whole: {report.quantized} quantized, {report.kept} kept, {report.tuned} tuned and "
+        f"{report.carried} carried tensors in {shards} ({format_bytes(report.shard_bytes)}), "
+        f"{report.files} copied files, format {report.format_version}; hashes, shapes, scales and coverage "
+        "hold."
     )

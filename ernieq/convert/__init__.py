@@ -1,6 +1,7 @@
 """Conversions: the recipe, the plan, the job that quantizes a checkpoint, and the export of one."""
 
 from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
+from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
 from ernieq.convert.groups import LayerReport
 from ernieq.convert.job import Conversion, check_output
@@ -14,11 +15,13 @@ from ernieq.convert.recipe import (
     EncodeSettings,
     Part,
     Recipe,
+    TuneSettings,
     apply_overrides,
     default_recipe,
     read_recipe,
 )
 from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.tune import Tuned, tune_model
 from ernieq.convert.workplace import Workplace
 
 __all__ = [
@@ -36,6 +39,9 @@ __all__ = [
     "PartPlan",
     "Plan",
     "Recipe",
+    "TuneSettings",
+    "Tuned",
+    "TuningReport",
     "Workplace",
     "apply_overrides",
     "calibration_record",
@@ -46,4 +52,5 @@ __all__ = [
     "estimate_seconds",
     "make_plan",
     "read_recipe",
+    "tune_model",
 ]

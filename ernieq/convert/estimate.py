@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
+from ernieq.convert.tune import LARGEST_ON_CPU
 from ernieq.encode import EncodeOptions
 from ernieq.kernels.precision import float32_products
 from ernieq.kernels.viterbi import search_tiles
@@ -32,7 +33,7 @@ def estimate_seconds(
     options: EncodeOptions,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - it can't be changed
 ) -> float:
-    """Seconds that encoding and calibration will take, from a probe of well under a second.
+    """Seconds that encoding, calibration and tuning will take, from a probe of well under a second.
 
     Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
     """
@@ -45,7 +46,10 @@ def estimate_seconds(
     )
     length = min(recipe.calibration.window, config.max_position_embeddings)
     tokens = recipe.calibration.windows * length
-    return encoding + tokens * _operations_per_token(config, length) / _matmul_rate(device)
+    operations = tokens * _operations_per_token(config, length)
+    if recipe.tune.enabled and (device.type != "cpu" or plan.parameters <= LARGEST_ON_CPU):
+        operations += _tuning_operations(config, recipe, tokens)
+    return encoding + operations / _matmul_rate(device)
 
 
 def _encode_rate(code: TrellisCode, options: EncodeOptions, device: torch.device) -> float:
@@ -91,6 +95,22 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _tuning_operations(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
+    """Multiplications and additions of tuning: the bf16 model once, the quantized one there and back a step."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    active = layers * attention + 3 * hidden * sum(_active_width(config, index) for index in range(layers))
+    steps = recipe.tune.steps * recipe.tune.batch_tokens
+    return 2 * (tokens * active + steps * (2 * active + 3 * hidden * config.vocab_size))
+
+
+def _active_width(config: ModelConfig, index: int) -> int:
+    """Hidden units of a layer's feed-forward part that a token meets."""
+    if not config.is_moe_layer(index):
+        return config.intermediate_size
+    return config.moe_intermediate_size * (config.moe_k + config.moe_num_shared_experts)
 
 
 def _operations_per_token(config: ModelConfig, length: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,10 @@ from ernieq.convert.overlap import BackgroundSink, Sink, read_layers
 from ernieq.convert.plan import Plan, make_plan
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.stored import HessianDirectory, quantize_layer_from
+from ernieq.convert.tune import HeldMatrices, refusal, tune_model
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
-from ernieq.errors import OutputExistsError, StorageError
+from ernieq.errors import OutputExistsError, RecipeError, StorageError
 from ernieq.model import DecoderLayer, Rotary
 from ernieq.pack import Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
 from ernieq.trellis import TrellisCode
@@ -107,6 +108,7 @@ class Conversion:
         self._experts = self._workplace.expert_batches(config, tokens, self._listener.on_phase)
         self.plan = make_plan(checkpoint, recipe)
         self._coverage = self._planned_coverage()
+        self._untuned = self._why_untuned()
 
     def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
         """Convert.
@@ -123,9 +125,14 @@ class Conversion:
         check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
-            with self._workplace.limited(), BackgroundSink(writer) as sink:
-                report = self._encode(sink)
-            self._keep_rest(writer)
+            sample = self._sample()
+            if sample is not None and self._untuned is None:
+                report = self._encode_and_tune(sample, writer)
+            else:
+                with self._workplace.limited(), BackgroundSink(writer) as sink:
+                    report = self._encode(sample, sink)
+                self._keep_rest(writer, {})
+                report.untuned = self._untuned or ""
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
             self._listener.on_phase("writing and verifying")
@@ -133,14 +140,52 @@ class Conversion:
             writer.finish(self._checkpoint.raw_config, manifest, card=card(report))
         return report
 
-    def _encode(self, sink: Sink) -> ConversionReport:
+    def _why_untuned(self) -> str | None:
+        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are.
+
+        Raises:
+            RecipeError: they are to be, without text.
+        """
+        if not self._recipe.tune.enabled:
+            return ""
         if isinstance(self._calibration, HessianDirectory):
-            report = ConversionReport(self.plan, self._calibration.record)
-            self._encode_from(self._calibration, sink, report)
+            raise RecipeError("--tune needs the calibration text, and stored Hessians have none: leave one out")
+        return refusal(self.plan.parameters, self._workplace)
+
+    def _sample(self) -> CalibrationSample | None:
+        """Calibration windows; None with stored Hessians."""
+        if isinstance(self._calibration, HessianDirectory):
+            return None
+        return draw_sample(self._checkpoint, self._calibration, self._recipe)
+
+    def _encode_and_tune(self, sample: CalibrationSample, writer: PackedWriter) -> ConversionReport:
+        """Encode everything, tune scales and norms, and only then hand over."""
+        held = HeldMatrices()
+        with self._workplace.limited():
+            report = self._encode(sample, held)
+            self._listener.on_phase("tuning scales and norms")
+            tuned = tune_model(
+                self._checkpoint,
+                held.matrices,
+                sample.windows,
+                self._recipe,
+                self._workplace,
+                self._listener.on_tuning_step,
+            )
+        report.tuning, report.untuned = tuned.report, tuned.untuned
+        for name, matrix in tuned.matrices.items():
+            writer.add_encoded(name, matrix)
+        self._keep_rest(writer, tuned.tensors)
+        return report
+
+    def _encode(self, sample: CalibrationSample | None, sink: Sink) -> ConversionReport:
+        if sample is not None:
+            report = ConversionReport(self.plan, calibration_record(sample))
+            self._encode_along(sample, sink, report)
             return report
-        sample = draw_sample(self._checkpoint, self._calibration, self._recipe)
-        report = ConversionReport(self.plan, calibration_record(sample))
-        self._encode_along(sample, sink, report)
+        assert isinstance(self._calibration, HessianDirectory)
+        report = ConversionReport(self.plan, self._calibration.record)
+        self._encode_from(self._calibration, sink, report)
         return report
 
     def _encode_along(self, sample: CalibrationSample, sink: Sink, report: ConversionReport) -> None:
@@ -251,14 +296,20 @@ class Conversion:
         report.errors[module] = result[module].proxy_error
         return result[module].decoded
 
-    def _keep_rest(self, writer: PackedWriter) -> None:
+    def _keep_rest(self, writer: PackedWriter, tuned: Mapping[str, RawTensor]) -> None:
+        """Write what is not quantized, as the source has it or as it was tuned."""
         carried = set(self._coverage.carried)
         for name in sorted((*self._coverage.kept, *carried)):
+            if name in tuned:
+                writer.add_tensor(name, tuned[name], tuned=True)
+                continue
             info = self._checkpoint.info(name)
             raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
             writer.add_tensor(name, raw, carried=name in carried)
             del raw
             self._checkpoint.release()
+        kept = tuple(name for name in self._coverage.kept if name not in tuned)
+        self._coverage = dataclasses.replace(self._coverage, kept=kept, tuned=tuple(sorted(tuned)))
 
     def _planned_coverage(self) -> Coverage:
         """What must have become of every source tensor, from the source's own list of names."""

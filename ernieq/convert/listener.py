@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ernieq.convert.distill import TuningReport
 from ernieq.convert.groups import LayerReport
 from ernieq.convert.plan import Plan
 from ernieq.convert.workplace import Workplace
@@ -22,21 +24,25 @@ class Listener:
         on_phase: a sentence when something new begins, or GPU memory has run out and batches become smaller.
         on_weights: weights encoded since the last call.
         on_layer: report of a finished layer.
+        on_tuning_step: steps of tuning that are done, and steps in all.
     """
 
     on_phase: Callable[[str], None] = lambda _: None
     on_weights: Callable[[int], None] = lambda _: None
     on_layer: Callable[[LayerReport], None] = lambda _: None
+    on_tuning_step: Callable[[int, int], None] = lambda *_: None
 
 
 @dataclass
 class ConversionReport:
-    """What a conversion did."""
+    """What a conversion did; ``untuned`` says why scales and norms were not tuned although they should."""
 
     plan: Plan
     calibration: CalibrationRecord
     layers: list[LayerReport] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    tuning: TuningReport | None = None
+    untuned: str = ""
 
     def to_json(self, workplace: Workplace, seconds: float) -> dict[str, Any]:
         """What the manifest keeps of it."""
@@ -54,4 +60,5 @@ class ConversionReport:
                 }
                 for layer in self.layers
             ],
+            "tuning": None if self.tuning is None else dataclasses.asdict(self.tuning),
         }

@@ -8,7 +8,9 @@ from math import prod
 
 from ernieq.calibrate import stream_dtype
 from ernieq.checkpoint import Checkpoint
+from ernieq.convert.distill import LOGIT_ROWS, TOKENS_AT_ONCE
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.tune import LARGEST_ON_CPU
 from ernieq.errors import RecipeError, ShapeError
 from ernieq.model import ModelConfig, ParameterRole, expected_parameters
 from ernieq.trellis import TILE_SIDE
@@ -23,6 +25,7 @@ PARTS = {
 }
 _HEADER_BYTES_PER_TENSOR = 150
 _FLOAT32 = 4
+_PROGRAM_BYTES = 600_000_000
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     )
     weights = {module: prod(checkpoint.info(f"{module}.weight").shape) for module in modules}
     total = sum(part.bytes for part in parts)
-    return Plan(modules, parts, total, _memory(checkpoint.config, recipe), weights)
+    memory = _memory(checkpoint.config, recipe)
+    parameters = sum(part.parameters for part in parts)
+    if recipe.tune.enabled and parameters <= LARGEST_ON_CPU:
+        memory = max(memory, _tuning_memory(checkpoint.config, recipe, parameters))
+    return Plan(modules, parts, total, memory, weights)
 
 
 def _memory(config: ModelConfig, recipe: Recipe) -> int:
@@ -128,8 +135,18 @@ def _memory(config: ModelConfig, recipe: Recipe) -> int:
     embedding = 2 * config.vocab_size * config.hidden_size * _FLOAT32
     widest = max(config.hidden_size, config.intermediate_size, config.moe_intermediate_size)
     hessians = 8 * widest * widest * _FLOAT32
-    program = 600_000_000
-    return program + streams + max(embedding, 2 * max(layer.values()) * _FLOAT32 + hessians)
+    return _PROGRAM_BYTES + streams + max(embedding, 2 * max(layer.values()) * _FLOAT32 + hessians)
+
+
+def _tuning_memory(config: ModelConfig, recipe: Recipe, parameters: int) -> int:
+    """Peak of resident memory while tuning: model, head and states of the bf16 one, activations, logits."""
+    tokens = recipe.calibration.windows * min(recipe.calibration.window, config.max_position_embeddings)
+    vocabulary = config.vocab_size * config.hidden_size
+    inner = (config.moe_k + config.moe_num_shared_experts) * config.moe_intermediate_size
+    active = config.num_hidden_layers * (12 * config.hidden_size + 4 * max(inner, config.intermediate_size))
+    held = parameters + vocabulary + tokens * config.hidden_size
+    working = TOKENS_AT_ONCE * active + 6 * LOGIT_ROWS * config.vocab_size
+    return _PROGRAM_BYTES + _FLOAT32 * (held + working)
 
 
 def _check_sides(name: str, shape: tuple[int, ...]) -> None:

@@ -12,6 +12,8 @@ options, each overriding the one before:
     damping = 0.01
     [calibration]
     windows = 64
+    [tune]
+    enabled = true
 """
 
 from __future__ import annotations
@@ -101,6 +103,25 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class TuneSettings:
+    """Settings of the tuning of scales and norms after rounding.
+
+    Args:
+        enabled: whether they are tuned.
+        steps: steps of the optimizer, at most.
+        batch_tokens: calibration tokens of a step.
+        window: tokens that are seen together; windows of the calibration sample are cut into such.
+        learning_rate: step size, relative to a scale or to a norm's root mean square.
+    """
+
+    enabled: bool = False
+    steps: int = 100
+    batch_tokens: int = 2048
+    window: int = 512
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides the bytes of a conversion besides the source and the text.
 
@@ -110,6 +131,7 @@ class Recipe:
         modules: shell pattern over module names -> bits; the last match wins over ``parts``.
         encode: settings of the encoder.
         calibration: settings of the sample.
+        tune: settings of the tuning after rounding.
         seed: seed of the rotation's signs and of the order of calibration documents.
     """
 
@@ -118,6 +140,7 @@ class Recipe:
     modules: Mapping[str, float] = field(default_factory=dict)
     encode: EncodeSettings = EncodeSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    tune: TuneSettings = TuneSettings()
     seed: int = 0
 
     def bits_of(self, module: str, part: Part) -> float:
@@ -137,6 +160,7 @@ class Recipe:
             "modules": dict(self.modules),
             "encode": dataclasses.asdict(self.encode),
             "calibration": dataclasses.asdict(self.calibration),
+            "tune": dataclasses.asdict(self.tune),
         }
 
 
@@ -170,7 +194,7 @@ def read_recipe(path: Path, bits: float | None) -> Recipe:
 
 def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Recipe:
     """Put values in the layout of ``recipe.toml`` over a recipe; ``origin`` names them in errors."""
-    known = {"bits", "seed", "parts", "modules", "encode", "calibration"}
+    known = {"bits", "seed", "parts", "modules", "encode", "calibration", "tune"}
     if unknown := set(raw) - known:
         raise RecipeError(
             f"{origin}: unknown key {sorted(unknown)[0]!r}; known keys are {_listed(sorted(known))}"
@@ -189,6 +213,7 @@ def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Reci
         modules=modules,
         encode=_replaced(recipe.encode, raw.get("encode", {}), f"{origin}: encode"),
         calibration=_replaced(recipe.calibration, raw.get("calibration", {}), f"{origin}: calibration"),
+        tune=_replaced(recipe.tune, raw.get("tune", {}), f"{origin}: tune"),
         seed=raw.get("seed", recipe.seed),
     )
 
@@ -218,6 +243,10 @@ def _replaced(settings: Any, raw: Mapping[str, Any], origin: str) -> Any:
     for name, value in raw.items():
         if name not in fields:
             raise RecipeError(f"{origin}: unknown key {name!r}; known keys are {_listed(fields)}")
+        if fields[name] is bool:
+            if not isinstance(value, bool):
+                raise RecipeError(f"{origin}.{name} is {value!r}; it must be true or false")
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, fields[name])) or not value > 0:
             raise RecipeError(f"{origin}.{name} is {value!r}; it must be a positive {fields[name].__name__}")
     return dataclasses.replace(settings, **raw)

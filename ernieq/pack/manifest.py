@@ -15,6 +15,7 @@ from ernieq.pack.quantization import check_version
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FATES = ("quantized", "kept", "carried")
+_TUNED = "tuned"  # absent where nothing was
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Coverage:
         quantized: ``<module>.weight`` that became the three tensors of a packed matrix.
         kept: part of the model, stored unchanged (norms, router, biases).
         carried: unknown to the model, stored unchanged (multi-token head).
+        tuned: part of the model, stored under its name, dtype and shape with other numbers (norms).
     """
 
     quantized: tuple[str, ...]
     kept: tuple[str, ...]
     carried: tuple[str, ...] = ()
+    tuned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ class Manifest:
             "recipe": dict(self.recipe),
             "seed": self.seed,
             "calibration": calibration,
-            "tensors": {fate: compact_names(getattr(coverage, fate)) for fate in _FATES},
+            "tensors": {
+                fate: compact_names(getattr(coverage, fate))
+                for fate in (*_FATES, *((_TUNED,) if coverage.tuned else ()))
+            },
             "shards": dict(self.shards),
             "files": dict(self.files),
             "report": dict(self.report),
@@ -167,7 +173,7 @@ def _calibration(raw: object, what: str) -> CalibrationRecord:
 
 def _coverage(raw: dict[str, Any], what: str) -> Coverage:
     fates = []
-    for fate in _FATES:
+    for fate in (*_FATES, *((_TUNED,) if _TUNED in raw else ())):
         patterns = _field(raw, fate, list, what)
         for pattern in patterns:
             check_tensor_name(pattern, what)

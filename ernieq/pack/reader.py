@@ -78,7 +78,7 @@ class PackedReader:
         return sorted(self._modules)
 
     def tensors(self) -> list[str]:
-        """Names of the tensors that are stored unchanged (kept and carried), sorted."""
+        """Names of the tensors that are no packed matrix (kept, carried and tuned), sorted."""
         return sorted(name for name in self._entries if not name.endswith(PACKED_SUFFIXES))
 
     def spec_of(self, module: str) -> ModuleSpec:

@@ -36,6 +36,7 @@ class VerifyReport:
         quantized: number of quantized matrices.
         kept: number of tensors stored unchanged.
         carried: number of tensors carried over that the model does not know.
+        tuned: number of tensors whose numbers were tuned after rounding.
     """
 
     path: str
@@ -46,6 +47,7 @@ class VerifyReport:
     quantized: int
     kept: int
     carried: int
+    tuned: int
 
 
 def verify_packed(
@@ -83,6 +85,7 @@ def verify_packed(
         quantized=len(coverage.quantized),
         kept=len(coverage.kept),
         carried=len(coverage.carried),
+        tuned=len(coverage.tuned),
     )
 
 
@@ -100,7 +103,12 @@ def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
 def _check_coverage(reader: PackedReader) -> None:
     coverage = reader.manifest.coverage
     assert coverage is not None
-    fates = (("quantized", coverage.quantized), ("kept", coverage.kept), ("carried", coverage.carried))
+    fates = (
+        ("quantized", coverage.quantized),
+        ("kept", coverage.kept),
+        ("carried", coverage.carried),
+        ("tuned", coverage.tuned),
+    )
     seen: dict[str, str] = {}
     for fate, names in fates:
         for name in names:
@@ -109,7 +117,9 @@ def _check_coverage(reader: PackedReader) -> None:
             seen[name] = fate
     quantized = {f"{module}.weight" for module in reader.modules()}
     _same_names(quantized, set(coverage.quantized), "quantized")
-    _same_names(set(reader.tensors()), {*coverage.kept, *coverage.carried}, "kept or carried")
+    _same_names(
+        set(reader.tensors()), {*coverage.kept, *coverage.carried, *coverage.tuned}, "kept, carried or tuned"
+    )
 
 
 def _same_names(stored: set[str], listed: set[str], fate: str) -> None:

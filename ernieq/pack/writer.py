@@ -61,6 +61,7 @@ class PackedWriter:
         self._modules: dict[str, ModuleSpec] = {}
         self._kept: list[str] = []
         self._carried: list[str] = []
+        self._tuned: list[str] = []
         self._files: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -100,13 +101,14 @@ class PackedWriter:
             self._shards.add(f"{module_name}{suffix}", RawTensor(dtype, array.shape, data))
         self._modules[module_name] = ModuleSpec(matrix.code, matrix.rotation_block)
 
-    def add_tensor(self, name: str, tensor: RawTensor, *, carried: bool = False) -> None:
-        """Add a tensor unchanged.
+    def add_tensor(self, name: str, tensor: RawTensor, *, carried: bool = False, tuned: bool = False) -> None:
+        """Add a tensor that is not a packed matrix.
 
         Args:
             name: its name in the source.
             tensor: its bytes.
             carried: True if the model does not know it (it is then listed as carried, not kept).
+            tuned: True if its numbers are no longer those of the source (it is then listed as tuned).
 
         Raises:
             FormatError: the name is taken, illegal, or one of a packed matrix; the data does not fit the shape.
@@ -115,7 +117,7 @@ class PackedWriter:
         if name.endswith(PACKED_SUFFIXES):
             raise FormatError(f"{name} can't be kept unchanged: the name is that of a part of a packed matrix")
         self._shards.add(name, tensor)
-        (self._carried if carried else self._kept).append(name)
+        (self._tuned if tuned else self._carried if carried else self._kept).append(name)
 
     def copy_file(self, path: Path) -> None:
         """Copy a file (tokenizer, generation config) verbatim, under its own name.
@@ -182,7 +184,7 @@ class PackedWriter:
 
     def _coverage(self) -> Coverage:
         quantized = tuple(f"{name}.weight" for name in self._modules)
-        return Coverage(quantized, tuple(self._kept), tuple(self._carried))
+        return Coverage(quantized, tuple(self._kept), tuple(self._carried), tuple(self._tuned))
 
 
 def _check(path: Path, on_progress: Progress | None) -> None:

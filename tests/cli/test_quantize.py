@@ -72,6 +72,38 @@ def test_an_option_of_a_part_sets_this_part_and_no_other(
     assert bits_of(tmp_path / "packed") == expected
 
 
+def test_tune_changes_scales_and_no_tune_leaves_them(source: Path, tmp_path: Path) -> None:
+    write_words(source.parent / "words.txt", 4000)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[tune]\nenabled = true\nwindow = 32\nbatch_tokens = 256\nlearning_rate = 0.01\n")
+    options = ("--windows", "100", "--attention-bits", "2", "--head-bits", "2")
+    done(quantize(source, tmp_path / "default", *options))
+    from_recipe = quantize(
+        source, tmp_path / "tuned", "--recipe", recipe, "--tune-steps", "20", "--json", *options
+    )
+    tuning = json.loads(done(from_recipe))["tuning"]
+    assert tuning["after"] < tuning["before"]
+    assert tuning["steps"] == 20
+    assert "tuning: held-out divergence" in from_recipe.stderr
+    done(quantize(source, tmp_path / "not", "--recipe", recipe, "--no-tune", *options))
+    assert json.loads(done(quantize(source, tmp_path / "on", "--tune", "--json", *options)))["tuning"]
+    assert shards(tmp_path / "tuned") != shards(tmp_path / "default")
+    assert shards(tmp_path / "not") == shards(tmp_path / "default")
+    assert PackedReader(tmp_path / "tuned").manifest.recipe["tune"]["steps"] == 20
+    verified = json.loads(done(run("verify", tmp_path / "tuned", "--json")))
+    assert verified["tuned"] == 7
+
+
+def test_steps_of_tuning_without_tuning_are_refused(source: Path, tmp_path: Path) -> None:
+    refused(quantize(source, tmp_path / "packed", "--tune-steps", "5"), 2, "--tune-steps", "without --tune")
+
+
+def test_the_text_that_is_too_short_for_tuning_is_said_to_be(source: Path, tmp_path: Path) -> None:
+    result = quantize(source, tmp_path / "packed", "--tune", "--windows", "1", "--json")
+    assert "too short" in json.loads(done(result))["untuned"]
+    assert "not tuned: the calibration text is too short" in result.stderr
+
+
 def test_options_override_the_recipe_file_and_the_file_the_defaults(source: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(

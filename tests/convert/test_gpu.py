@@ -13,7 +13,14 @@ import torch
 from ernieq.bundled import bundled_model, calibration_texts
 from ernieq.calibrate import read_text_file
 from ernieq.checkpoint import open_checkpoint
-from ernieq.convert import CalibrationSettings, Conversion, ConversionReport, Recipe, default_recipe
+from ernieq.convert import (
+    CalibrationSettings,
+    Conversion,
+    ConversionReport,
+    Recipe,
+    TuneSettings,
+    default_recipe,
+)
 from ernieq.encode import EncodeOptions, encode_batch, encode_matrices, input_signs
 from ernieq.pack import PackedReader, verify_packed
 from ernieq.trellis import TrellisCode
@@ -92,6 +99,26 @@ def test_small_models_of_every_kind_convert_on_the_gpu(
     }
     assert_alike(reports[GPU], reports[CPU])
     verify_packed(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_tuning_on_the_gpu_gains_what_it_gains_on_the_cpu(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    if narrow:
+        monkeypatch.setattr("ernieq.convert.tune._fits", lambda *_: False)
+        monkeypatch.setattr("ernieq.convert.job.refusal", lambda *_: None)
+    source, text = tiny(hidden=128, expert_width=64), write_words(tmp_path / "words.txt", 4000)
+    tune = TuneSettings(enabled=True, steps=40, batch_tokens=1024, window=32, learning_rate=0.01)
+    recipe = dataclasses.replace(quick_recipe(windows=100), tune=tune)
+    found, wanted = (
+        convert_on(device, source, tmp_path / device.type, recipe, [text]).tuning for device in (GPU, CPU)
+    )
+    assert found is not None
+    assert wanted is not None
+    assert found.after < found.before
+    assert found.after / found.before == pytest.approx(wanted.after / wanted.before, abs=0.05)
+    assert verify_packed(tmp_path / "cuda").tuned == 7
 
 
 def test_streams_beside_the_gpu_give_the_result_of_streams_on_it(

@@ -176,6 +176,7 @@ MANIFEST_FAULTS: dict[str, dict[str, Any]] = {
     "tensors missing": {"tensors": {}},
     "tensors of numbers": {"tensors": {"quantized": [1], "kept": [], "carried": []}},
     "tensors beyond count": {"tensors": {"quantized": ["a.0-999999"], "kept": [], "carried": []}},
+    "tensors tuned a text": {"tensors": {"quantized": [], "kept": [], "carried": [], "tuned": "norm"}},
     "shard hash upper case": {"shards": {SHARD: "A" * 64}},
     "shards missing": {"shards": {}},
     "file hash of a path": {"files": {"../../etc/passwd": "0" * 64}},
@@ -195,7 +196,7 @@ def test_unknown_manifest_keys_are_ignored(packed: Path) -> None:
 
 
 def coverage(packed: Path, fate: str, change: Callable[[list[str]], None]) -> None:
-    edit_json(packed / "ernieq.json", lambda manifest: change(manifest["tensors"][fate]))
+    edit_json(packed / "ernieq.json", lambda manifest: change(manifest["tensors"].setdefault(fate, [])))
 
 
 def test_a_tensor_that_the_manifest_misses_is_found(packed: Path) -> None:
@@ -203,14 +204,15 @@ def test_a_tensor_that_the_manifest_misses_is_found(packed: Path) -> None:
     refused(packed, "model.norm.weight is stored, but not listed", VerificationError)
 
 
-@pytest.mark.parametrize("fate", ["quantized", "kept", "carried"])
+@pytest.mark.parametrize("fate", ["quantized", "kept", "carried", "tuned"])
 def test_a_source_tensor_that_is_not_stored_is_found(packed: Path, fate: str) -> None:
     coverage(packed, fate, lambda names: names.append("model.lost.weight"))
     refused(packed, "model.lost.weight is listed in the manifest", VerificationError)
 
 
-def test_a_tensor_with_two_fates_is_found(packed: Path) -> None:
-    coverage(packed, "carried", lambda names: names.append("model.norm.weight"))
+@pytest.mark.parametrize("fate", ["carried", "tuned"])
+def test_a_tensor_with_two_fates_is_found(packed: Path, fate: str) -> None:
+    coverage(packed, fate, lambda names: names.append("model.norm.weight"))
     refused(packed, "model.norm.weight is listed in the manifest as both", VerificationError)
 
 

@@ -72,6 +72,18 @@ def test_kept_and_carried_tensors_are_listed_apart(tmp_path: Path) -> None:
     assert bytes(reader.tensor("model.mtp_extra.weight").data) == EXTRA.data
 
 
+def test_a_tuned_tensor_is_neither_kept_nor_carried(tmp_path: Path) -> None:
+    with PackedWriter(tmp_path / "packed") as writer:
+        writer.add_encoded("model.embed_tokens", random_matrix(64, 32, 2))
+        writer.add_tensor("model.norm.weight", NORM, tuned=True)
+        writer.finish({"model_type": "ernie4_5_moe"}, manifest())
+    coverage = PackedReader(tmp_path / "packed").manifest.coverage
+    assert coverage is not None
+    assert (coverage.tuned, coverage.kept, coverage.carried) == (("model.norm.weight",), (), ())
+    report = verify_packed(tmp_path / "packed")
+    assert (report.tuned, report.kept, report.carried) == (1, 0, 0)
+
+
 def test_the_safetensors_library_reads_the_same_bytes(tmp_path: Path) -> None:
     target = write_packed(tmp_path / "packed")
     reader, stored = PackedReader(target), load_file(target / "model.safetensors")
