@@ -97,7 +97,7 @@ class RandomWeights:
     def _tiles(self, role: ParameterRole, columns: int, *rows: int) -> tuple[Tensor, Tensor, TrellisCode]:
         """Words and scales; a row's products have about the size of its inputs."""
         code = TrellisCode(self._bits[role])
-        shape = (*rows[:-1], rows[-1] // 16, columns // 16, 8 * code.bits_per_weight)
+        shape = (*rows[:-1], rows[-1] // 16, columns // 16, code.units_per_tile // 2)
         words = torch.randint(
             -(2**31), 2**31, shape, dtype=torch.int32, generator=self._generator, device=self._device
         )

@@ -1,4 +1,4 @@
-"""ernieq: ERNIE 4.5 language models at 2, 3 or 4 bits per weight."""
+"""ernieq: ERNIE 4.5 language models at 1.5 to 6 bits per weight."""
 
 from __future__ import annotations
 

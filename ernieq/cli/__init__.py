@@ -19,7 +19,7 @@ SECTIONS = (
     CommandSection(
         "Make",
         (
-            CommandEntry("quantize", "Write a checkpoint at 2, 3 or 4 bits per weight."),
+            CommandEntry("quantize", "Write a checkpoint at 1.5 to 6 bits per weight."),
             CommandEntry("calibrate", "Run texts through a model and report what its experts saw."),
             CommandEntry("export", "Write the decoded weights as an ordinary checkpoint."),
         ),
@@ -51,7 +51,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @click.version_option(ernieq.__version__, prog_name="ernieq")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
-    """Quantize ERNIE 4.5 language models to 2, 3 or 4 bits, check them, run them.
+    """Quantize ERNIE 4.5 language models to 1.5 to 6 bits, check them, run them.
 
     Every command explains itself: ernieq COMMAND --help. With no model named, quantize takes the small one
     that comes with this package.

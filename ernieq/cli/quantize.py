@@ -1,4 +1,4 @@
-"""``ernieq quantize``: a checkpoint in, a packed one at 2, 3 or 4 bits out."""
+"""``ernieq quantize``: a checkpoint in, a packed one at 1.5 to 6 bits out."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from ernieq.cli.shared import (
     vram_option,
 )
 from ernieq.convert import (
+    BITS_ALLOWED,
     Conversion,
     ConversionReport,
     HessianDirectory,
@@ -63,15 +64,15 @@ _PART_OPTIONS = {
 def _part_options(function: Any) -> Any:
     for name, part in reversed(_PART_OPTIONS.items()):
         flag = "--" + name.replace("_", "-")
-        function = click.option(
-            flag, type=int, help=f"Bits of {part.replace('_', ' ')}: 2 to 6, or 16 to keep them."
-        )(function)
+        function = click.option(flag, type=float, help=f"Bits of {part.replace('_', ' ')}: {BITS_ALLOWED}.")(
+            function
+        )
     return function
 
 
 @click.command(name="quantize")
 @click.argument("model", required=False)
-@click.option("--bits", type=int, default=None, help="Bits of the routed experts: 2, 3 or 4.  [default: 2]")
+@click.option("--bits", type=float, help="Bits of the routed experts: 1.5 to 6 in halves.  [default: 2]")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write.  [default: ./NAME-Nbit]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe.toml with other bits.")
 @_part_options
@@ -92,7 +93,7 @@ def _part_options(function: Any) -> Any:
 @click.option(
     "--state-bits",
     type=int,
-    help="Length of the code's state: 16, or 12 to 14 for a quick try (10 if no part has 6 bits).",
+    help="Length of the code's state: 16, or 12 to 14 for a quick try (at least twice the bits of every part).",
 )
 @click.option(
     "--fast", is_flag=True, help="Shorten the first search pass: a quarter less search time, 1.5 % more error."
@@ -108,7 +109,7 @@ def _part_options(function: Any) -> Any:
 @json_option
 def command(
     model: str | None,
-    bits: int | None,
+    bits: float | None,
     out: Path | None,
     recipe_file: Path | None,
     texts: tuple[Path, ...],
@@ -129,7 +130,7 @@ def command(
     Examples:
       ernieq quantize --bits 2
       ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
-      ernieq quantize ./my-model --bits 3 --attention-bits 5 --dry-run
+      ernieq quantize ./my-model --bits 2.5 --attention-bits 5 --dry-run
     """
     torch.set_num_threads(threads)
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
@@ -161,11 +162,11 @@ def command(
     checkpoint.close()
 
 
-def _recipe(bits: int | None, recipe_file: Path | None, settings: dict[str, Any]) -> Recipe:
+def _recipe(bits: float | None, recipe_file: Path | None, settings: dict[str, Any]) -> Recipe:
     """Defaults, then the file, then the options."""
     recipe = read_recipe(recipe_file, bits) if recipe_file else default_recipe(2 if bits is None else bits)
     if bits is not None:
-        recipe = dataclasses.replace(recipe, parts={**recipe.parts, Part.ROUTED_EXPERTS: bits})
+        recipe = dataclasses.replace(recipe, parts={**recipe.parts, Part.ROUTED_EXPERTS: recipe.bits})
     parts = {str(part): settings[key] for key, part in _PART_OPTIONS.items() if settings[key] is not None}
     encode = {"state_bits": settings["state_bits"]} if settings["state_bits"] is not None else {}
     if settings["fast"]:

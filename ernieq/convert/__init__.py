@@ -8,6 +8,7 @@ from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.plan import PartPlan, Plan, make_plan
 from ernieq.convert.recipe import (
+    BITS_ALLOWED,
     KEEP,
     CalibrationSettings,
     EncodeSettings,
@@ -21,6 +22,7 @@ from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.workplace import Workplace
 
 __all__ = [
+    "BITS_ALLOWED",
     "KEEP",
     "CalibrationSettings",
     "Conversion",

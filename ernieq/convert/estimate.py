@@ -36,7 +36,7 @@ def estimate_seconds(
 
     Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
     """
-    weights_at: dict[int, int] = {}
+    weights_at: dict[float, int] = {}
     for module, bits in plan.modules.items():
         weights_at[bits] = weights_at.get(bits, 0) + plan.module_weights[module]
     encoding = sum(

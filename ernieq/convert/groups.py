@@ -57,7 +57,7 @@ class _Job:
     """The matrices of a group that get the same bits."""
 
     weights: Mapping[str, Tensor]
-    bits: int
+    bits: float
     signs: str
     gram: Tensor
 
@@ -114,7 +114,7 @@ class GroupEncoder:
             report.errors[name] = result.proxy_error
 
     def _jobs(self, layer: int, group: Group) -> list[_Job]:
-        by_bits: dict[int, dict[str, Tensor]] = {}
+        by_bits: dict[float, dict[str, Tensor]] = {}
         for name, weight in group.weights.items():
             bits = self._recipe.bits_of(_full_name(layer, name), group.part)
             if bits != KEEP:

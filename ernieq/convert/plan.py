@@ -49,7 +49,7 @@ class Plan:
         module_weights: weights of every module that is quantized.
     """
 
-    modules: dict[str, int]
+    modules: dict[str, float]
     parts: tuple[PartPlan, ...]
     output_bytes: int
     decoder_bytes: int
@@ -81,7 +81,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         RecipeError: a pattern of the recipe matches nothing that can be quantized, or nothing is quantized.
     """
     checkpoint.audit()
-    modules: dict[str, int] = {}
+    modules: dict[str, float] = {}
     totals: dict[str, list[int]] = {str(part): [0, 0, 0] for part in PARTS.values()} | {"kept": [0, 0, 0]}
     quantizable: set[str] = set()
     expected = expected_parameters(checkpoint.config)
@@ -91,7 +91,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         parameters = prod(info.shape)
         part = PARTS.get(expected[name].role) if name in expected and name.endswith(".weight") else None
         module = name.removesuffix(".weight")
-        bits = KEEP
+        bits: float = KEEP
         if part is not None:
             quantizable.add(module)
             bits = recipe.bits_of(module, part)
@@ -104,7 +104,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             continue
         _check_sides(name, info.shape)
         modules[module] = bits
-        row[1] += parameters * bits
+        row[1] += int(parameters * bits)  # exact: whole tiles, whole half bits
         data = packed_bytes(info.shape, bits)
         row[2] += data + packed_header_bytes(module, info.shape, source)
         decoder += data if name.startswith(_DECODER) else 0

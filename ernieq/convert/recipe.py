@@ -3,8 +3,8 @@
 A recipe is complete and frozen. It comes from the defaults for ``--bits``, then a ``recipe.toml``, then
 options, each overriding the one before:
 
-    bits = 2                       # the defaults to start from
-    [parts]                        # bits per part; 16 keeps the source's own numbers
+    bits = 2.5                     # the defaults to start from
+    [parts]                        # bits per part, halves too; 16 keeps the source's own numbers
     attention = 4
     [modules]                      # shell patterns over module names; the last one that matches wins
     "model.layers.0.*" = 5
@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ernieq.errors import RecipeError
 from ernieq.kernels.viterbi import FULL_FIRST_PASS
-from ernieq.trellis import MAX_BITS, MIN_BITS
+from ernieq.trellis import RATES
 
 KEEP = 16  # "bits" of a tensor that keeps the numbers of the source
+BITS_ALLOWED = f"1.5 to 6 in halves, 7, 8, or {KEEP} to keep the source"
 
 
 class Part(StrEnum):
@@ -43,33 +44,26 @@ class Part(StrEnum):
     HEAD = "head"
 
 
-# Bits per part for --bits 2, 3 and 4. The parts outside the routed experts are 5 % of the weights of the 21B
-# model, so spending more on them is nearly free there; docs/decisions.md has what each buys.
-DEFAULT_BITS: dict[int, dict[Part, int]] = {
-    2: {
-        Part.ROUTED_EXPERTS: 2,
-        Part.SHARED_EXPERTS: 4,
-        Part.ATTENTION: 4,
-        Part.DENSE_MLP: 3,
-        Part.EMBEDDING: 6,
-        Part.HEAD: 6,
-    },
-    3: {
-        Part.ROUTED_EXPERTS: 3,
-        Part.SHARED_EXPERTS: 4,
-        Part.ATTENTION: 4,
-        Part.DENSE_MLP: 4,
-        Part.EMBEDDING: 6,
-        Part.HEAD: 6,
-    },
-    4: {
-        Part.ROUTED_EXPERTS: 4,
-        Part.SHARED_EXPERTS: 4,
-        Part.ATTENTION: 4,
-        Part.DENSE_MLP: 4,
-        Part.EMBEDDING: 6,
-        Part.HEAD: 6,
-    },
+# Bits per part for every --bits. The parts outside the routed experts are 5 % of the weights of the 21B model,
+# so spending more on them is nearly free there; docs/decisions.md has what each buys at 2, 3 and 4, on which
+# the other rows lean.
+_DEFAULT_COLUMNS = (
+    Part.ROUTED_EXPERTS, Part.SHARED_EXPERTS, Part.ATTENTION, Part.DENSE_MLP, Part.EMBEDDING, Part.HEAD,
+)  # fmt: skip
+_DEFAULT_ROWS: tuple[tuple[float, ...], ...] = (
+    (1.5, 4, 4, 3, 6, 6),
+    (2, 4, 4, 3, 6, 6),
+    (2.5, 4, 4, 4, 6, 6),
+    (3, 4, 4, 4, 6, 6),
+    (3.5, 5, 5, 5, 6, 6),
+    (4, 4, 4, 4, 6, 6),
+    (4.5, 5, 5, 5, 8, 8),
+    (5, 5, 5, 5, 8, 8),
+    (5.5, 5.5, 5.5, 5.5, 8, 8),
+    (6, 6, 6, 6, 8, 8),
+)
+DEFAULT_BITS: dict[float, dict[Part, float]] = {
+    row[0]: dict(zip(_DEFAULT_COLUMNS, row, strict=True)) for row in _DEFAULT_ROWS
 }
 
 
@@ -106,21 +100,21 @@ class Recipe:
 
     Args:
         bits: the ``--bits`` that the defaults were taken from.
-        parts: bits of every part, 2 to 6, or 16 to keep it.
+        parts: bits of every part, a rate of the trellis code or 16 to keep it.
         modules: shell pattern over module names -> bits; the last match wins over ``parts``.
         encode: settings of the encoder.
         calibration: settings of the sample.
         seed: seed of the rotation's signs and of the order of calibration documents.
     """
 
-    bits: int
-    parts: Mapping[Part, int]
-    modules: Mapping[str, int] = field(default_factory=dict)
+    bits: float
+    parts: Mapping[Part, float]
+    modules: Mapping[str, float] = field(default_factory=dict)
     encode: EncodeSettings = EncodeSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     seed: int = 0
 
-    def bits_of(self, module: str, part: Part) -> int:
+    def bits_of(self, module: str, part: Part) -> float:
         """Bits of one module."""
         bits = self.parts[part]
         for pattern, wanted in self.modules.items():
@@ -140,18 +134,19 @@ class Recipe:
         }
 
 
-def default_recipe(bits: int) -> Recipe:
+def default_recipe(bits: float) -> Recipe:
     """The documented recipe for ``--bits``.
 
     Raises:
-        RecipeError: bits is not 2, 3 or 4.
+        RecipeError: bits is not 1.5 to 6 in halves.
     """
-    if bits not in DEFAULT_BITS:
-        raise RecipeError(f"--bits is {bits}; there are default recipes for {_listed(DEFAULT_BITS)}")
-    return Recipe(bits, dict(DEFAULT_BITS[bits]))
+    if not _is_number(bits) or bits not in DEFAULT_BITS:
+        raise RecipeError(f"--bits is {bits!r}; there are default recipes for 1.5 to 6 bits in halves")
+    parts = DEFAULT_BITS[bits]
+    return Recipe(parts[Part.ROUTED_EXPERTS], dict(parts))
 
 
-def read_recipe(path: Path, bits: int | None) -> Recipe:
+def read_recipe(path: Path, bits: float | None) -> Recipe:
     """Read a ``recipe.toml`` over the defaults for ``bits`` (or for its own ``bits`` key).
 
     Raises:
@@ -198,16 +193,14 @@ def _refusal(name: str) -> str:
     return f"unknown part {name!r}"
 
 
-def _checked_bits(bits: object, origin: str) -> int:
-    if (
-        not isinstance(bits, int)
-        or isinstance(bits, bool)
-        or not (MIN_BITS <= bits <= MAX_BITS or bits == KEEP)
-    ):
-        raise RecipeError(
-            f"{origin} is {bits!r}; bits are {MIN_BITS} to {MAX_BITS}, or {KEEP} to keep the source"
-        )
-    return bits
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _checked_bits(bits: object, origin: str) -> float:
+    if not _is_number(bits) or bits not in (*RATES, KEEP):
+        raise RecipeError(f"{origin} is {bits!r}; bits are {BITS_ALLOWED}")
+    return int(bits) if bits == int(bits) else bits
 
 
 def _replaced(settings: Any, raw: Mapping[str, Any], origin: str) -> Any:

@@ -16,14 +16,14 @@ from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.stored import StoredGroup, layer_groups
 from ernieq.errors import UsageError
 from ernieq.model import ModelConfig
-from ernieq.trellis import TrellisCode
+from ernieq.trellis import RATES, TrellisCode
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 
-DECODER_RATES: tuple[float, ...] = (2, 3, 4, 5, 6)
+DECODER_RATES: tuple[float, ...] = tuple(rate for rate in RATES if rate <= 6)
 # Every token passes embedding and head, and at two bits either costs more than all layers together.
-OUTER_RATES: tuple[float, ...] = (3, 4, 5, 6, KEEP)
+OUTER_RATES: tuple[float, ...] = (*(rate for rate in RATES if rate >= 3), KEEP)
 
 OUTER_PARTS = (Part.EMBEDDING, Part.HEAD)
 
@@ -141,7 +141,7 @@ def _free_rates(unit: Unit, recipe: Recipe) -> tuple[float, ...]:
 
 def _has_code(rate: float, state_bits: int) -> bool:
     try:
-        TrellisCode(rate, state_bits)  # type: ignore[arg-type]
+        TrellisCode(rate, state_bits)
     except UsageError:
         return False
     return True

@@ -29,30 +29,32 @@ def tiles_to_block(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 def symbol_values(symbols: Tensor, code: TrellisCode) -> Tensor:
     """Codebook value of every weight of whole rings: (tiles, 256) uint8 -> (tiles, 256) int16."""
-    # A state is the last L bits up to a weight's own symbol. Runs of symbols are doubled until they have L.
-    states, held = symbols.to(torch.int32), 1
-    while held * code.bits_per_weight < code.state_bits:
-        states = states | (states.roll(held, dims=-1) << (held * code.bits_per_weight))
+    even_shift, odd_shift = code.shifts
+    even, odd = symbols.to(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)  # (tiles, 128)
+    # The state of an odd weight is the last L bits of the pairs up to its own. Runs of pairs are doubled until
+    # they have L. The state of an even weight is that of the odd one before it, shifted on.
+    after, held = even << odd_shift | odd, 1
+    while held * code.pair_bits < code.state_bits:
+        after = after | (after.roll(held, dims=-1) << (held * code.pair_bits))
         held *= 2
-    states &= code.states - 1
+    after &= code.states - 1
+    within = (after.roll(1, dims=-1) << even_shift | even) & (code.states - 1)
+    states = torch.stack((within, after), dim=-1)  # (tiles, 128, 2)
     table = _values(code.state_bits, symbols.device)
     return table.index_select(0, states.flatten()).view(symbols.shape)
 
 
 def pack_rings(symbols: Tensor, code: TrellisCode) -> Tensor:
     """Pack symbols into units as ``pack_symbols`` does: (..., 256) uint8 -> (..., 16 K) int16."""
-    bits = code.bits_per_weight
-    runs = symbols.unflatten(-1, (-1, _UNIT_BITS)).to(torch.int32)  # 16 symbols fill K units exactly
-    units = []
-    for unit in range(bits):
-        word = torch.zeros(runs.shape[:-1], dtype=torch.int32, device=symbols.device)
-        first, end = _UNIT_BITS * unit, _UNIT_BITS * (unit + 1)
-        for place in range(first // bits, -(-end // bits)):
-            shift = end - bits * (place + 1)
-            symbol = runs[..., place]
-            word |= symbol << shift if shift >= 0 else symbol >> -shift
-        units.append(word & 0xFFFF)
-    packed = torch.stack(units, dim=-1).flatten(-2)  # (..., 16 K), unsigned
+    runs = symbols.unflatten(-1, (-1, 2 * _UNIT_BITS)).to(torch.int32)  # 32 symbols fill 2 K units exactly
+    words = [torch.zeros_like(runs[..., 0]) for _ in range(code.pair_bits)]
+    end = 0
+    for place in range(2 * _UNIT_BITS):
+        first, end = end, end + code.shifts[place % 2]
+        for unit in range(first // _UNIT_BITS, -(-end // _UNIT_BITS)):
+            left = _UNIT_BITS * (unit + 1) - end
+            words[unit] |= runs[..., place] << left if left >= 0 else runs[..., place] >> -left
+    packed = torch.stack(words, dim=-1).flatten(-2) & 0xFFFF  # (..., 16 K), unsigned
     return ((packed ^ 0x8000) - 0x8000).to(torch.int16)
 
 

@@ -12,7 +12,10 @@ SMALLEST_SCALE = 2.0**-24  # the smallest positive fp16: an all-zero row decodes
 
 # Root mean square of the codebook over that of the weights with the least squared error on a Gaussian source
 # (benchmarks/gaussian_tiles.py); a finer code wants to reach further into the tails.
-CODEBOOK_SCALE = {2: 1.02, 3: 1.05, 4: 1.08, 5: 1.10, 6: 1.12}
+CODEBOOK_SCALE: dict[float, float] = {
+    1.5: 0.97, 2: 1.02, 2.5: 1.04, 3: 1.05, 3.5: 1.08, 4: 1.08, 4.5: 1.11, 5: 1.13, 5.5: 1.16, 6: 1.17,
+    7: 1.22, 8: 1.28,
+}  # fmt: skip
 
 
 def to_float16(scale: Tensor) -> Tensor:
@@ -27,7 +30,7 @@ def to_float16(scale: Tensor) -> Tensor:
     return rounded
 
 
-def initial_scale(weight: Tensor, bits_per_weight: int) -> Tensor:
+def initial_scale(weight: Tensor, bits_per_weight: float) -> Tensor:
     """Scale of every row from its root mean square: (..., rows, columns) -> (..., rows) float16."""
     rms = weight.square().mean(dim=-1).sqrt()
     return to_float16(rms * (CODEBOOK_SCALE[bits_per_weight] * VALUE_UNIT / VALUE_RMS))

@@ -18,7 +18,7 @@ def trellis_multiply(
     x: NDArray[np.float32],
     packed: NDArray[np.int16],
     scale: NDArray[np.float16],
-    bits: int,
+    pair_bits: int,
     state_bits: int,
     out: NDArray[np.float32],
     isa: str,
@@ -27,7 +27,7 @@ def trellis_multiply(
 def trellis_decode(
     packed: NDArray[np.int16],
     scale: NDArray[np.float16],
-    bits: int,
+    pair_bits: int,
     state_bits: int,
     first_row_tile: int,
     weights: NDArray[np.float32],

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from ernieq.errors import FormatError, UsageError
 from ernieq.trellis import TILE_SIDE, TrellisCode
 
-FORMAT_VERSION = "0.1"
+FORMAT_VERSION = "0.2"
+# Version 0.1 is the same but for its rates, which are whole numbers from 2 to 6.
+READABLE_VERSIONS = ("0.1", FORMAT_VERSION)
+WHOLE_RATES_VERSION, WHOLE_RATES = "0.1", (2, 3, 4, 5, 6)
 QUANT_METHOD = "ernieq"
 CONFIG_NAME = "config.json"
 MANIFEST_NAME = "ernieq.json"
@@ -41,11 +44,12 @@ def read_code(bits: object, state_bits: object, what: str) -> TrellisCode:
     """The trellis code of two numbers found in a file.
 
     Raises:
-        FormatError: a number is not an integer or out of range.
+        FormatError: bits is no number, state_bits no integer, or one of them is out of range.
     """
-    if type(bits) is not int or type(state_bits) is not int:
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or type(state_bits) is not int:
         raise FormatError(
-            f"{what} has bits {str(bits)[:20]!a} and state_bits {str(state_bits)[:20]!a}, not integers"
+            f"{what} has bits {str(bits)[:20]!a} and state_bits {str(state_bits)[:20]!a}, "
+            "not a number and an integer"
         )
     try:
         return TrellisCode(bits, state_bits)

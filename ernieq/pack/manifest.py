@@ -114,7 +114,7 @@ class Manifest:
         Raises:
             FormatError: a field is missing or of a wrong type, or the format version is unknown.
         """
-        check_version(raw.get("format_version"), what)
+        version = check_version(raw.get("format_version"), what)
         calibration = raw.get("calibration")
         return cls(
             ernieq_version=_field(raw, "ernieq_version", str, what),
@@ -127,7 +127,7 @@ class Manifest:
             files=_hashes(raw, "files", what),
             created=_field(raw, "created", str, what),
             report=_field(raw, "report", dict, what),
-            format_version=FORMAT_VERSION,
+            format_version=version,
         )
 
 

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ernieq.errors import FormatError
-from ernieq.pack.layout import FORMAT_VERSION, QUANT_METHOD, ModuleSpec, check_rotation_block, read_code
+from ernieq.pack.layout import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    READABLE_VERSIONS,
+    WHOLE_RATES,
+    WHOLE_RATES_VERSION,
+    ModuleSpec,
+    check_rotation_block,
+    read_code,
+)
 from ernieq.pack.paths import check_tensor_name
 from ernieq.pack.patterns import MAX_NAMES, compact_names, expand_names
 
@@ -26,9 +35,9 @@ def quantization_config(modules: Mapping[str, ModuleSpec]) -> dict[str, Any]:
     groups: dict[ModuleSpec, list[str]] = {}
     for name, spec in modules.items():
         groups.setdefault(spec, []).append(name)
-    table: dict[str, dict[str, int]] = {}
+    table: dict[str, dict[str, float]] = {}
     for spec, names in groups.items():
-        entry = {"bits": spec.code.bits_per_weight, "rotation_block": spec.rotation_block}
+        entry: dict[str, float] = {"bits": spec.code.bits_per_weight, "rotation_block": spec.rotation_block}
         if spec.code.state_bits != usual_state_bits:
             entry["state_bits"] = spec.code.state_bits
         table.update(dict.fromkeys(compact_names(names), entry))
@@ -52,13 +61,13 @@ def parse_quantization_config(config: Mapping[str, Any], what: str) -> dict[str,
     method = quantization.get("quant_method")
     if method != QUANT_METHOD:
         raise FormatError(f"{what} has quant_method {str(method)[:40]!a}; this reader takes {QUANT_METHOD!a}")
-    check_version(quantization.get("format_version"), what)
+    version = check_version(quantization.get("format_version"), what)
     table = quantization.get("modules")
     if not isinstance(table, dict) or not 0 < len(table) <= MAX_NAMES:
         raise FormatError(f"{what} must list 1 to {MAX_NAMES} entries in quantization_config.modules")
     modules: dict[str, ModuleSpec] = {}
     for pattern, entry in table.items():
-        spec = _module_spec(entry, quantization.get("state_bits"), f"module {pattern[:80]} in {what}")
+        spec = _module_spec(entry, quantization.get("state_bits"), version, f"module {pattern[:80]} in {what}")
         for name in expand_names([check_tensor_name(pattern, what)], what):
             if name in modules:
                 raise FormatError(f"{what} lists the module {name} twice")
@@ -68,20 +77,26 @@ def parse_quantization_config(config: Mapping[str, Any], what: str) -> dict[str,
     return modules
 
 
-def check_version(version: object, what: str) -> None:
-    """Refuse a format version that this reader does not know.
+def check_version(version: object, what: str) -> str:
+    """Return a format version that this reader knows.
 
     Raises:
-        FormatError: the version is not exactly ours; 0.x versions promise no compatibility.
+        FormatError: it is another one; 0.x versions promise no compatibility.
     """
-    if version != FORMAT_VERSION:
+    if not isinstance(version, str) or version not in READABLE_VERSIONS:
         raise FormatError(
-            f"{what} has format version {str(version)[:20]!a}; this ernieq reads {FORMAT_VERSION!a} only"
+            f"{what} has format version {str(version)[:20]!a}; "
+            f"this ernieq reads {' and '.join(READABLE_VERSIONS)} only"
         )
+    return version
 
 
-def _module_spec(entry: object, usual_state_bits: object, what: str) -> ModuleSpec:
+def _module_spec(entry: object, usual_state_bits: object, version: str, what: str) -> ModuleSpec:
     if not isinstance(entry, dict) or not set(entry) <= _MODULE_KEYS:
         raise FormatError(f"{what} must be an object with only the keys {', '.join(sorted(_MODULE_KEYS))}")
     code = read_code(entry.get("bits"), entry.get("state_bits", usual_state_bits), what)
+    if version == WHOLE_RATES_VERSION and code.bits_per_weight not in WHOLE_RATES:
+        raise FormatError(
+            f"{what} has {code.bits_per_weight} bits, which format version {version} does not know"
+        )
     return ModuleSpec(code, check_rotation_block(entry.get("rotation_block"), what))

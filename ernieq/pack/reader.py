@@ -61,6 +61,8 @@ class PackedReader:
         self.manifest = Manifest.from_json(
             read_json_object(self.path, MANIFEST_NAME), str(self.path / MANIFEST_NAME)
         )
+        if self.manifest.format_version != self.config["quantization_config"]["format_version"]:
+            raise FormatError(f"{what} and {MANIFEST_NAME} have different format versions")
         self._entries, self._file_of = read_shards(self.path)
         self._maps: dict[str, NDArray[np.uint8]] = {}
         self._shapes = {module: self._check_module(module, spec) for module, spec in self._modules.items()}

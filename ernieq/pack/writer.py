@@ -19,6 +19,7 @@ from ernieq.pack.json_file import dump_json
 from ernieq.pack.layout import (
     CARD_NAME,
     CONFIG_NAME,
+    FORMAT_VERSION,
     MANIFEST_NAME,
     PACKED_SUFFIX,
     PACKED_SUFFIXES,
@@ -143,7 +144,8 @@ class PackedWriter:
 
         Args:
             config: the source's ``config.json``; ``quantization_config`` is added.
-            manifest: shards, files, an empty ``created`` and an absent ``coverage`` are filled in.
+            manifest: the format version, shards, files, an empty ``created`` and an absent ``coverage`` are
+                filled in.
             card: text of ``README.md``.
             on_progress: told how many bytes have been verified.
 
@@ -161,6 +163,7 @@ class PackedWriter:
             raise FormatError("a packed checkpoint without a quantized matrix can't be written")
         complete = replace(
             manifest,
+            format_version=FORMAT_VERSION,
             shards=self._shards.finish(),
             files=self._files,
             created=manifest.created or datetime.now(UTC).isoformat(timespec="seconds"),

@@ -16,6 +16,7 @@ from ernieq.encode.scales import initial_scale
 from ernieq.errors import NonFiniteError, ShapeError
 from ernieq.kernels.backend import Backend
 from ernieq.trellis import (
+    RATES,
     EncodedMatrix,
     TrellisCode,
     matrix_to_tiles,
@@ -47,11 +48,12 @@ def stacks(count: int, width: int = WIDTH) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("bits", "state_bits"), [(2, 10), (2, 16), (3, 11), (3, 16), (4, 14), (5, 12), (6, 16)]
+    ("bits", "state_bits"), [(2, 10), (3, 11), (4, 14), (5, 12), (7, 14), *((bits, 16) for bits in RATES)]
 )
-def test_rings_of_tensors_are_those_of_the_trellis(bits: int, state_bits: int) -> None:
+def test_rings_of_tensors_are_those_of_the_trellis(bits: float, state_bits: int) -> None:
     code = TrellisCode(bits, state_bits)
-    symbols = np.random.default_rng(0).integers(0, code.symbols, (3, 5, 256), dtype=np.uint8)
+    random_tiles = np.random.default_rng(0).integers(0, [code.symbols_at(t) for t in range(256)], (3, 5, 256))
+    symbols = random_tiles.astype(np.uint8)
     tensor = torch.from_numpy(symbols)
     assert np.array_equal(pack_rings(tensor, code).numpy(), pack_symbols(symbols, code))
     values = symbol_values(tensor.view(-1, 256), code).view(3, 5, 256)

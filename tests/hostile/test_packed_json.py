@@ -54,7 +54,14 @@ def quantization(packed: Path, change: Callable[[dict[str, Any]], None]) -> None
 MODULE_FAULTS: dict[str, Any] = {
     "other bits": {"bits": 3, "rotation_block": 32},
     "bits below": {"bits": 1, "rotation_block": 32},
-    "bits above": {"bits": 7, "rotation_block": 32},
+    "bits between 6 and 7": {"bits": 6.5, "rotation_block": 32},
+    "bits above": {"bits": 9, "rotation_block": 32},
+    "bits a quarter": {"bits": 2.25, "rotation_block": 32},
+    "bits near a half": {"bits": 2.5000001, "rotation_block": 32},
+    "bits of another shape": {"bits": 4.5, "rotation_block": 32},
+    "bits boolean": {"bits": True, "rotation_block": 32},
+    "bits a list": {"bits": [4], "rotation_block": 32},
+    "bits negative": {"bits": -2.5, "rotation_block": 32},
     "bits as text": {"bits": "4", "rotation_block": 32},
     "bits missing": {"rotation_block": 32},
     "bits huge": {"bits": 10**30, "rotation_block": 32},
@@ -76,15 +83,39 @@ def test_an_illegal_module_entry_is_refused(packed: Path, entry: Any) -> None:
     assert MODULE in refused(packed)
 
 
-@pytest.mark.parametrize("version", ["0.2", "1.0", "", None, 0.1, {"a": 1}, "0.1 "])
+def test_bits_that_are_no_number_are_refused(packed: Path) -> None:
+    for text in ("NaN", "Infinity", "1e999"):
+        path = packed / "config.json"
+        genuine = path.read_text()
+        path.write_text(genuine.replace('"bits": 4', f'"bits": {text}'))
+        assert path.read_text() != genuine
+        refused(packed, r"config\.json")
+        path.write_text(genuine)
+
+
+def test_a_half_rate_in_a_file_of_version_0_1_is_refused(packed: Path) -> None:
+    edit_json(packed / "ernieq.json", lambda manifest: manifest.update({"format_version": "0.1"}))
+    quantization(packed, lambda config: config.update({"format_version": "0.1"}))
+    verify_packed(packed)
+    for bits in (4.5, 1.5, 8):
+        quantization(packed, lambda config, bits=bits: config["modules"][MODULE].update({"bits": bits}))  # type: ignore[misc]
+        refused(packed, f"{bits} bits, which format version 0.1 does not know")
+
+
+@pytest.mark.parametrize("version", ["0.3", "1.0", "", None, 0.1, {"a": 1}, "0.1 "])
 def test_another_format_version_is_refused(packed: Path, version: Any) -> None:
     quantization(packed, lambda config: config.update({"format_version": version}))
     refused(packed, "format version")
 
 
 def test_another_format_version_in_the_manifest_is_refused(packed: Path) -> None:
-    edit_json(packed / "ernieq.json", lambda manifest: manifest.update({"format_version": "0.2"}))
+    edit_json(packed / "ernieq.json", lambda manifest: manifest.update({"format_version": "0.3"}))
     refused(packed, "format version")
+
+
+def test_a_manifest_of_another_version_than_the_config_is_refused(packed: Path) -> None:
+    edit_json(packed / "ernieq.json", lambda manifest: manifest.update({"format_version": "0.1"}))
+    refused(packed, "different format versions")
 
 
 @pytest.mark.parametrize("method", ["gptq", None, 3])

@@ -8,14 +8,14 @@ from torch import Tensor
 from ernieq.errors import ShapeError
 from ernieq.kernels import Backend, _native
 from ernieq.kernels.trellis_matmul import FUSED_LIMIT, decode, matmul
-from ernieq.trellis import EncodedMatrix, TrellisCode
+from ernieq.trellis import RATES, EncodedMatrix, TrellisCode
 
 COMPILED = [Backend(name) for name in _native.available_isas()]
-CODES = [TrellisCode(bits, state_bits) for bits in (2, 3, 4, 5, 6) for state_bits in (12, 16)]
+CODES = [TrellisCode(bits, n) for bits in RATES for n in (12, 16) if n == 16 or bits <= 6]
 
 
 def some_matrix(code: TrellisCode, rows: int = 48, columns: int = 80) -> EncodedMatrix:
-    random = np.random.default_rng(code.bits_per_weight)
+    random = np.random.default_rng(code.pair_bits)
     shape = (rows // 16, columns // 16, code.units_per_tile)
     return EncodedMatrix(
         packed=random.integers(-(2**15), 2**15, shape).astype(np.int16),
@@ -133,10 +133,15 @@ def test_the_compiled_entry_refuses_what_would_read_out_of_bounds() -> None:
     packed, scale = (part.numpy() for part in tensors(some_matrix(TrellisCode(2))))
     out = np.zeros((1, 48), np.float32)
     with pytest.raises(ValueError, match="do not fit together"):
-        _native.trellis_multiply(np.zeros((1, 96), np.float32), packed, scale, 2, 16, out, "scalar", 1)
+        _native.trellis_multiply(np.zeros((1, 96), np.float32), packed, scale, 4, 16, out, "scalar", 1)
     with pytest.raises(ValueError, match="16 units per bit"):
-        _native.trellis_multiply(np.zeros((1, 80), np.float32), packed, scale, 4, 16, out, "scalar", 1)
+        _native.trellis_multiply(np.zeros((1, 80), np.float32), packed, scale, 8, 16, out, "scalar", 1)
     with pytest.raises(ValueError, match="do not fit the matrix"):
-        _native.trellis_decode(packed, scale, 2, 16, 3, np.zeros((16, 80), np.float32), "scalar", 1)
+        _native.trellis_decode(packed, scale, 4, 16, 3, np.zeros((16, 80), np.float32), "scalar", 1)
+    for pair_bits, state_bits in ((2, 16), (13, 16), (15, 16), (18, 16), (4, 18), (11, 11), (16, 14)):
+        with pytest.raises(ValueError, match="unsupported trellis code"):
+            _native.trellis_multiply(
+                np.zeros((1, 80), np.float32), packed, scale, pair_bits, state_bits, out, "scalar", 1
+            )
     with pytest.raises(TypeError):
-        _native.trellis_decode(packed[:, ::2], scale, 2, 16, 0, np.zeros((16, 48), np.float32), "scalar", 1)
+        _native.trellis_decode(packed[:, ::2], scale, 4, 16, 0, np.zeros((16, 48), np.float32), "scalar", 1)

@@ -1,5 +1,9 @@
 """Properties of the tile order, the ring and the values."""
 
+import itertools
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 
 from ernieq.errors import ShapeError, UsageError
 from ernieq.trellis import (
+    RATES,
     TILE_WEIGHTS,
     EncodedMatrix,
     TrellisCode,
@@ -20,7 +25,14 @@ from ernieq.trellis import (
     unpack_symbols,
 )
 
-CODES = st.builds(TrellisCode, st.integers(2, 5), st.sampled_from([10, 12, 14, 16]))
+CODES = st.sampled_from(
+    [
+        TrellisCode(bits, state_bits)
+        for bits in RATES
+        for state_bits in (10, 12, 14, 16)
+        if state_bits >= 2 * math.ceil(bits)
+    ]
+)
 
 
 def slow_value(state: int) -> int:
@@ -29,14 +41,13 @@ def slow_value(state: int) -> int:
     return sum(product.to_bytes(4, "little")) - 510
 
 
-def slow_states(symbols: list[int], bits: int, state_bits: int) -> list[int]:
+def slow_states(symbols: list[int], bits: float, state_bits: int) -> list[int]:
     """States from the definition: the L bits of the ring that end with the symbol's own bits."""
-    ring = "".join(format(symbol, f"0{bits}b") for symbol in symbols)
+    own = [math.floor(bits), math.ceil(bits)]
+    ring = "".join(format(symbol, f"0{own[t % 2]}b") for t, symbol in enumerate(symbols))
     doubled = ring + ring
-    return [
-        int(doubled[len(ring) + end - state_bits : len(ring) + end], 2)
-        for end in range(bits, len(ring) + 1, bits)
-    ]
+    ends = list(itertools.accumulate(own[t % 2] for t in range(len(symbols))))
+    return [int(doubled[len(ring) + end - state_bits : len(ring) + end], 2) for end in ends]
 
 
 def test_values_equal_the_byte_sum_in_plain_integers() -> None:
@@ -53,7 +64,7 @@ def test_values_are_about_gaussian_with_the_stated_spread() -> None:
 
 
 @given(CODES, st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_byte_string_is_a_legal_tile_and_packs_back_to_itself(
     code: TrellisCode, data: st.DataObject
 ) -> None:
@@ -61,18 +72,37 @@ def test_any_byte_string_is_a_legal_tile_and_packs_back_to_itself(
     packed = np.frombuffer(raw, dtype="<i2")
     symbols = unpack_symbols(packed, code)
     assert symbols.shape == (TILE_WEIGHTS,)
-    assert symbols.max() < code.symbols
+    assert all(symbols[parity::2].max() < code.symbols_at(parity) for parity in (0, 1))
     np.testing.assert_array_equal(pack_symbols(symbols, code), packed)
     expected = slow_states(symbols.tolist(), code.bits_per_weight, code.state_bits)
     assert ring_states(symbols, code).tolist() == expected
     assert np.abs(tile_values(packed, code)).max() <= 510
 
 
-def test_each_state_overlaps_the_next_in_all_but_its_new_bits_around_the_ring() -> None:
-    code = TrellisCode(3)
-    symbols = np.random.default_rng(0).integers(0, 8, TILE_WEIGHTS).astype(np.uint8)
+@pytest.mark.parametrize("bits", [1.5, 3, 3.5, 8])
+def test_each_state_overlaps_the_next_in_all_but_its_new_bits_around_the_ring(bits: float) -> None:
+    code = TrellisCode(bits)
+    shifts = np.tile(code.shifts, TILE_WEIGHTS // 2)
+    symbols = np.random.default_rng(0).integers(0, 1 << shifts).astype(np.uint8)
     states = ring_states(symbols, code).astype(np.int64)
-    np.testing.assert_array_equal((np.roll(states, 1) << 3 & 0xFFFF) | symbols, states)
+    np.testing.assert_array_equal((np.roll(states, 1) << shifts & 0xFFFF) | symbols, states)
+
+
+def test_the_two_shifts_of_a_pair_add_up_to_its_bits_and_differ_by_at_most_one() -> None:
+    for bits in RATES:
+        code = TrellisCode(bits)
+        even, odd = code.shifts
+        assert even + odd == code.pair_bits == 2 * bits
+        assert 0 <= odd - even <= 1
+        assert (code.nodes_before(0), code.nodes_before(7)) == (1 << 16 - even, 1 << 16 - odd)
+        assert 16 * code.units_per_tile == TILE_WEIGHTS * bits
+
+
+def test_a_whole_rate_is_the_same_code_however_it_is_written() -> None:
+    assert TrellisCode(2.0) == TrellisCode(2)
+    assert hash(TrellisCode(2.0)) == hash(TrellisCode(2))
+    assert repr(TrellisCode(2.0)) == "TrellisCode(bits_per_weight=2, state_bits=16)"
+    assert TrellisCode(2.5).bits_per_weight == 2.5
 
 
 def test_the_tile_order_is_the_operand_order_of_m16n8k16() -> None:
@@ -94,9 +124,17 @@ def test_a_side_that_is_no_multiple_of_16_is_refused() -> None:
         matrix_to_tiles(np.zeros((24, 16)))
 
 
-@pytest.mark.parametrize(("bits", "state_bits"), [(1, 16), (7, 16), (2, 9), (2, 15), (6, 11), (2, 18)])
-def test_a_code_out_of_range_is_refused(bits: int, state_bits: int) -> None:
-    with pytest.raises(UsageError):
+@pytest.mark.parametrize("bits", [1, 2.25, 6.5, 7.5, 9, -2, math.nan, math.inf, True, "2"])
+def test_a_rate_that_the_code_does_not_have_is_refused(bits: Any) -> None:
+    with pytest.raises(UsageError, match=r"takes 1\.5 to 6 in halves, 7 or 8"):
+        TrellisCode(bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "state_bits"), [(2, 9), (2, 15), (6, 11), (2, 18), (5.5, 11), (7, 13), (8, 14)]
+)
+def test_a_state_of_another_length_or_below_two_symbols_is_refused(bits: float, state_bits: int) -> None:
+    with pytest.raises(UsageError, match=r"state bits"):
         TrellisCode(bits, state_bits)
 
 

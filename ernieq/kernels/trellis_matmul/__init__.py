@@ -69,7 +69,7 @@ def matmul(
         x.numpy(),
         packed.numpy(),
         scale.numpy(),
-        code.bits_per_weight,
+        code.pair_bits,
         code.state_bits,
         out.numpy(),
         backend.value,
@@ -144,7 +144,7 @@ def _decode_into(
     _native.trellis_decode(
         packed.numpy(),
         scale.numpy(),
-        code.bits_per_weight,
+        code.pair_bits,
         code.state_bits,
         first_row // TILE_SIDE,
         weights.numpy(),

@@ -27,13 +27,13 @@ using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 constexpr long kWeightsPerThread = 1L << 18;
 constexpr float kValueUnit = 128.0f;  // ernieq/trellis/codebook.py
 
-Path path_of(Isa isa, int bits) {
+Path path_of(Isa isa, int pair_bits) {
 #ifdef ERNIEQ_X86
-    if (isa == Isa::Avx512) return path_avx512(bits);
-    if (isa == Isa::Avx2) return path_avx2(bits);
+    if (isa == Isa::Avx512) return path_avx512(pair_bits);
+    if (isa == Isa::Avx2) return path_avx2(pair_bits);
 #endif
     (void)isa;
-    return path_scalar(bits);
+    return path_scalar(pair_bits);
 }
 
 float from_half(uint16_t half) {
@@ -44,10 +44,10 @@ float from_half(uint16_t half) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
-void check(const Packed& packed, const HalfBits& scale, int bits, int state_bits) {
-    if (bits < 2 || bits > 6 || state_bits < 2 * bits || state_bits > 16)
+void check(const Packed& packed, const HalfBits& scale, int pair_bits, int state_bits) {
+    if (!is_code(pair_bits, state_bits))
         throw std::invalid_argument("unsupported trellis code");
-    if (packed.shape(2) != static_cast<size_t>(16 * bits))
+    if (packed.shape(2) != static_cast<size_t>(units_per_tile(pair_bits)))
         throw std::invalid_argument("a packed tile must have 16 units per bit of a weight");
     if (scale.dtype().code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || scale.dtype().bits != 16)
         throw std::invalid_argument("scale must be float16");
@@ -96,15 +96,15 @@ void multiply_few(const Path& path, const Matrix& matrix, long row_tiles, const 
     });
 }
 
-void multiply(Input x, Packed packed, HalfBits scale, int bits, int state_bits, Output out, const std::string& isa,
+void multiply(Input x, Packed packed, HalfBits scale, int pair_bits, int state_bits, Output out, const std::string& isa,
               int threads) {
-    check(packed, scale, bits, state_bits);
+    check(packed, scale, pair_bits, state_bits);
     const long tokens = static_cast<long>(x.shape(0)), row_tiles = static_cast<long>(packed.shape(0));
     const long column_tiles = static_cast<long>(packed.shape(1)), width = column_tiles * kTileSide;
     if (static_cast<long>(x.shape(1)) != width || out.shape(0) != x.shape(0) ||
         static_cast<long>(out.shape(1)) != row_tiles * kTileSide)
         throw std::invalid_argument("input, matrix and output do not fit together");
-    const Path path = path_of(parse_isa(isa), bits);
+    const Path path = path_of(parse_isa(isa), pair_bits);
     const float* from = x.data();
     float* to = out.data();
     const int useful = useful_threads(threads, row_tiles, column_tiles);
@@ -117,21 +117,21 @@ void multiply(Input x, Packed packed, HalfBits scale, int bits, int state_bits, 
                      to + first * row_tiles * kTileSide, useful);
 }
 
-void decode(Packed packed, HalfBits scale, int bits, int state_bits, long first_row_tile, Output weights,
+void decode(Packed packed, HalfBits scale, int pair_bits, int state_bits, long first_row_tile, Output weights,
             const std::string& isa, int threads) {
-    check(packed, scale, bits, state_bits);
+    check(packed, scale, pair_bits, state_bits);
     const long column_tiles = static_cast<long>(packed.shape(1)), width = column_tiles * kTileSide;
     const long row_tiles = static_cast<long>(weights.shape(0)) / kTileSide;
     if (weights.shape(0) % kTileSide || static_cast<long>(weights.shape(1)) != width || first_row_tile < 0 ||
         first_row_tile + row_tiles > static_cast<long>(packed.shape(0)))
         throw std::invalid_argument("the rows to decode and the output do not fit the matrix");
-    const Path path = path_of(parse_isa(isa), bits);
+    const Path path = path_of(parse_isa(isa), pair_bits);
     const uint16_t* units = reinterpret_cast<const uint16_t*>(packed.data());
     float* to = weights.data();
     const int useful = useful_threads(threads, row_tiles, column_tiles);
     nb::gil_scoped_release release;
     const std::vector<float> scales = row_scales(scale, first_row_tile, row_tiles);
-    const Matrix matrix{units + first_row_tile * column_tiles * 16 * bits, scales.data(), column_tiles,
+    const Matrix matrix{units + first_row_tile * column_tiles * units_per_tile(pair_bits), scales.data(), column_tiles,
                         (uint32_t{1} << state_bits) - 1};
     parallel_for(row_tiles, useful,
                  [&](long row_tile) { path.decode(matrix, row_tile, to + row_tile * kTileSide * width); });
@@ -143,10 +143,10 @@ void decode(Packed packed, HalfBits scale, int bits, int state_bits, long first_
 // noconvert: an array of another layout is refused, not copied; a copy of an output would lose the result.
 void register_trellis_matmul(nb::module_& module) {
     module.def("trellis_multiply", &trellis_matmul::multiply, nb::arg("x").noconvert(),
-               nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("bits"), nb::arg("state_bits"),
+               nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("pair_bits"), nb::arg("state_bits"),
                nb::arg("out").noconvert(), nb::arg("isa"), nb::arg("threads"));
     module.def("trellis_decode", &trellis_matmul::decode, nb::arg("packed").noconvert(),
-               nb::arg("scale").noconvert(), nb::arg("bits"), nb::arg("state_bits"), nb::arg("first_row_tile"),
+               nb::arg("scale").noconvert(), nb::arg("pair_bits"), nb::arg("state_bits"), nb::arg("first_row_tile"),
                nb::arg("weights").noconvert(), nb::arg("isa"), nb::arg("threads"));
 }
 

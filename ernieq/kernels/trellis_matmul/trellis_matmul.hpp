@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "rates.hpp"
+
 namespace ernieq::trellis_matmul {
 
 constexpr int kTileSide = 16;
@@ -15,13 +17,19 @@ constexpr int kFusedTokens = 8;     // tokens that share one decoding
 constexpr uint32_t kMultiplier = 0x83DCD12Du;
 constexpr int kByteSumMean = 510;
 
+constexpr int units_per_tile(int pair_bits) { return 8 * pair_bits; }
+constexpr int lane_bits(int pair_bits) { return kWeightsPerLane / 2 * pair_bits; }
+
+// Where weight j of a lane ends in its run of bits: even weights shift floor(K) bits in, odd ones ceil(K).
+constexpr int end_of(int pair_bits, int j) { return j / 2 * pair_bits + (j % 2 ? pair_bits : pair_bits / 2); }
+
 struct Matrix {
     const uint16_t* packed;  // (row tiles, column tiles, 16 K): the rings
     const float* row_scale;  // (rows,): what a value is multiplied by
     long column_tiles;
     uint32_t state_mask;     // 2^L - 1
-    const uint16_t* ring(long row_tile, long column_tile, int bits) const {
-        return packed + (row_tile * column_tiles + column_tile) * 16 * bits;
+    const uint16_t* ring(long row_tile, long column_tile, int pair_bits) const {
+        return packed + (row_tile * column_tiles + column_tile) * units_per_tile(pair_bits);
     }
 };
 
@@ -40,9 +48,9 @@ struct Path {
     DecodeRowTile decode;
 };
 
-// The implementation for a number of bits per weight, 2 to 6.
-Path path_scalar(int bits);
-Path path_avx2(int bits);
-Path path_avx512(int bits);
+// The implementation for a rate.
+Path path_scalar(int pair_bits);
+Path path_avx2(int pair_bits);
+Path path_avx512(int pair_bits);
 
 }  // namespace ernieq::trellis_matmul

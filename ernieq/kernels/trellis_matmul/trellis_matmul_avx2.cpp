@@ -7,45 +7,44 @@
 namespace ernieq::trellis_matmul {
 namespace {
 
-// Units to gather for each window. A gather reads two neighbouring units; only lane 0 reaches back over the start
-// of the ring, so its windows are computed apart and its indices here are harmless.
-template <int K>
+// Units to gather for each window. A gather reads two neighbouring units; where a window reaches back over the start of
+// the ring, which only lanes 0 and 1 do, it is computed apart and its indices here are harmless.
+template <int kPairBits>
 struct Tables {
-    alignas(32) int32_t last_two[window_count(K)][kLanesPerTile];
-    alignas(32) int32_t first_two[window_count(K)][kLanesPerTile];
-    alignas(32) uint32_t left[window_count(K)][kLanesPerTile];
-    alignas(32) uint32_t right[window_count(K)][kLanesPerTile];
+    alignas(32) int32_t last_two[window_count(kPairBits)][kLanesPerTile];
+    alignas(32) int32_t first_two[window_count(kPairBits)][kLanesPerTile];
+    alignas(32) uint32_t left[window_count(kPairBits)][kLanesPerTile];
+    alignas(32) uint32_t right[window_count(kPairBits)][kLanesPerTile];
 };
 
-template <int K>
-constexpr Tables<K> make_tables() {
-    Tables<K> tables{};
-    for (int window = 0; window < window_count(K); ++window)
+template <int kPairBits>
+constexpr Tables<kPairBits> make_tables() {
+    Tables<kPairBits> tables{};
+    for (int window = 0; window < window_count(kPairBits); ++window)
         for (int lane = 0; lane < kLanesPerTile; ++lane) {
-            const Cut cut = cut_of(K, lane, window);
-            tables.last_two[window][lane] = lane ? cut.last - 1 : 0;
-            tables.first_two[window][lane] = lane && !whole_units(K, window) ? cut.last - 2 : 0;
+            const Cut cut = cut_of(kPairBits, lane, window);
+            if (wraps(kPairBits, lane, window)) continue;
+            tables.last_two[window][lane] = cut.last - 1;
+            tables.first_two[window][lane] = whole_units(kPairBits, window) ? 0 : cut.last - 2;
             tables.left[window][lane] = cut.left;
             tables.right[window][lane] = 16 - cut.left;
         }
     return tables;
 }
 
-template <int K>
-constexpr bool only_lane_0_wraps() {
-    for (int window = 0; window < window_count(K); ++window)
-        for (int lane = 1; lane < kLanesPerTile; ++lane) {
-            const Tables<K> tables = make_tables<K>();
-            if (tables.last_two[window][lane] < 0 || tables.first_two[window][lane] < 0) return false;
-        }
-    return true;
+template <int... kPairBits>
+constexpr bool only_lanes_0_and_1_wrap(std::integer_sequence<int, kPairBits...>) {
+    bool any = false;
+    for (int window = 0; window < 3; ++window)
+        for (int lane = 2; lane < kLanesPerTile; ++lane)
+            any = any || ((window < window_count(kPairBits) && wraps(kPairBits, lane, window)) || ...);
+    return !any;
 }
 
-static_assert(only_lane_0_wraps<2>() && only_lane_0_wraps<3>() && only_lane_0_wraps<4>() &&
-              only_lane_0_wraps<5>() && only_lane_0_wraps<6>());
+static_assert(only_lanes_0_and_1_wrap(PairBits{}));
 
-template <int K>
-constexpr Tables<K> kTables = make_tables<K>();
+template <int kPairBits>
+constexpr Tables<kPairBits> kTables = make_tables<kPairBits>();
 
 inline __m256i load_indices(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
 
@@ -55,50 +54,46 @@ inline __m256i gather_units(const uint16_t* ring, const int32_t* first) {
     return _mm256_or_si256(_mm256_slli_epi32(pair, 16), _mm256_srli_epi32(pair, 16));
 }
 
-// A window of lane 0.
-template <int K, int Window>
-inline int first_window(const uint16_t* ring) {
-    constexpr Cut cut = cut_of(K, 0, Window);
-    uint64_t run = 0;
-    for (int back = 2; back >= 0; --back) run = run << 16 | ring[(cut.last - back + 16 * K) % (16 * K)];
-    return static_cast<int>(static_cast<uint32_t>(run >> (16 - cut.left)));
-}
-
-template <int K, int Window>
+template <int kPairBits, int Window>
 inline __m256i window(const uint16_t* ring, int group) {
-    const Tables<K>& tables = kTables<K>;
+    const Tables<kPairBits>& tables = kTables<kPairBits>;
     const int lane = 8 * group;
     __m256i bits = gather_units(ring, tables.last_two[Window] + lane);
-    if constexpr (!whole_units(K, Window)) {
+    if constexpr (!whole_units(kPairBits, Window)) {
         const __m256i first_two = gather_units(ring, tables.first_two[Window] + lane);
         bits = _mm256_or_si256(_mm256_sllv_epi32(first_two, load_indices(tables.left[Window] + lane)),
                                _mm256_srlv_epi32(bits, load_indices(tables.right[Window] + lane)));
     }
-    return group ? bits : _mm256_insert_epi32(bits, first_window<K, Window>(ring), 0);
+    if (group) return bits;
+    if constexpr (wraps(kPairBits, 0, Window))
+        bits = _mm256_insert_epi32(bits, static_cast<int>(window_at<kPairBits, Window>(ring, 0)), 0);
+    if constexpr (wraps(kPairBits, 1, Window))
+        bits = _mm256_insert_epi32(bits, static_cast<int>(window_at<kPairBits, Window>(ring, 1)), 1);
+    return bits;
 }
 
 struct Avx2 {
     static constexpr int kLanes = 8;
     using Float = __m256;
 
-    template <int K>
+    template <int kPairBits>
     struct Words {
-        __m256i word[window_count(K)];
+        __m256i word[window_count(kPairBits)];
     };
 
-    template <int K>
-    static Words<K> load_words(const uint16_t* ring, int group) {
-        Words<K> words;
-        words.word[0] = window<K, 0>(ring, group);
-        if constexpr (window_count(K) > 1) words.word[1] = window<K, 1>(ring, group);
-        if constexpr (window_count(K) > 2) words.word[2] = window<K, 2>(ring, group);
+    template <int kPairBits>
+    static Words<kPairBits> load_words(const uint16_t* ring, int group) {
+        Words<kPairBits> words;
+        words.word[0] = window<kPairBits, 0>(ring, group);
+        if constexpr (window_count(kPairBits) > 1) words.word[1] = window<kPairBits, 1>(ring, group);
+        if constexpr (window_count(kPairBits) > 2) words.word[2] = window<kPairBits, 2>(ring, group);
         return words;
     }
 
-    template <int K, int J>
-    static Float values(const Words<K>& words, __m256i mask) {
-        const __m256i word = words.word[window_of(K, J)];
-        const __m256i state = _mm256_and_si256(_mm256_srli_epi32(word, state_shift(K, J)), mask);
+    template <int kPairBits, int J>
+    static Float values(const Words<kPairBits>& words, __m256i mask) {
+        const __m256i word = words.word[window_of(kPairBits, J)];
+        const __m256i state = _mm256_and_si256(_mm256_srli_epi32(word, state_shift(kPairBits, J)), mask);
         const __m256i product = _mm256_mullo_epi32(state, _mm256_set1_epi32(static_cast<int>(kMultiplier)));
         const __m256i pairs = _mm256_maddubs_epi16(product, _mm256_set1_epi8(1));
         const __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -127,6 +122,6 @@ struct Avx2 {
 
 }  // namespace
 
-Path path_avx2(int bits) { return path_of<Avx2>(bits); }
+Path path_avx2(int pair_bits) { return path_of<Avx2>(pair_bits, PairBits{}); }
 
 }  // namespace ernieq::trellis_matmul

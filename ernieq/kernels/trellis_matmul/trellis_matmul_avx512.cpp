@@ -7,32 +7,38 @@
 namespace ernieq::trellis_matmul {
 namespace {
 
-// A permutation picks from 64 units in two registers. Up to K = 4 they are the whole ring; beyond, the units of one
-// half of the lanes (8 K) in slots 0.., and the eight units before them in slots 48..55.
-constexpr int slot_of(int bits, int half, int unit) {
-    if (bits <= 4) return (unit + 16 * bits) % (16 * bits);
-    const int relative = unit - half * 8 * bits;
-    return relative < 0 ? 56 + relative : relative;
+// A permutation picks from 64 units in two registers. Up to K = 4 they are the whole ring; up to K = 6 the units of one
+// half of the lanes (8 K) in slots 0.., and the eight units before them in slots 48..55; beyond, the half's own units
+// alone, and the window of its first lane that reaches back is computed apart.
+constexpr bool whole_ring(int pair_bits) { return pair_bits <= 8; }
+constexpr bool own_units_only(int pair_bits) { return pair_bits > 12; }
+constexpr int units_per_half(int pair_bits) { return 4 * pair_bits; }
+
+constexpr int slot_of(int pair_bits, int half, int unit) {
+    if (whole_ring(pair_bits)) return (unit + units_per_tile(pair_bits)) % units_per_tile(pair_bits);
+    const int relative = unit - half * units_per_half(pair_bits);
+    if (relative >= 0) return relative;
+    return own_units_only(pair_bits) ? 0 : 56 + relative;
 }
 
-template <int K>
+template <int kPairBits>
 struct Tables {
-    alignas(64) uint16_t last_two[2][window_count(K)][32];
-    alignas(64) uint16_t first_two[2][window_count(K)][32];
-    alignas(64) uint32_t left[2][window_count(K)][16];
-    alignas(64) uint32_t right[2][window_count(K)][16];
+    alignas(64) uint16_t last_two[2][window_count(kPairBits)][32];
+    alignas(64) uint16_t first_two[2][window_count(kPairBits)][32];
+    alignas(64) uint32_t left[2][window_count(kPairBits)][16];
+    alignas(64) uint32_t right[2][window_count(kPairBits)][16];
 };
 
-template <int K>
-constexpr Tables<K> make_tables() {
-    Tables<K> tables{};
+template <int kPairBits>
+constexpr Tables<kPairBits> make_tables() {
+    Tables<kPairBits> tables{};
     for (int half = 0; half < 2; ++half)
-        for (int window = 0; window < window_count(K); ++window)
+        for (int window = 0; window < window_count(kPairBits); ++window)
             for (int lane = 0; lane < 16; ++lane) {
-                const Cut cut = cut_of(K, 16 * half + lane, window);
+                const Cut cut = cut_of(kPairBits, 16 * half + lane, window);
                 for (int back = 0; back < 2; ++back) {
-                    tables.last_two[half][window][2 * lane + back] = slot_of(K, half, cut.last - back);
-                    tables.first_two[half][window][2 * lane + back] = slot_of(K, half, cut.last - 1 - back);
+                    tables.last_two[half][window][2 * lane + back] = slot_of(kPairBits, half, cut.last - back);
+                    tables.first_two[half][window][2 * lane + back] = slot_of(kPairBits, half, cut.last - 1 - back);
                 }
                 tables.left[half][window][lane] = cut.left;
                 tables.right[half][window][lane] = 16 - cut.left;
@@ -40,76 +46,98 @@ constexpr Tables<K> make_tables() {
     return tables;
 }
 
-template <int K>
-constexpr Tables<K> kTables = make_tables<K>();
+template <int kPairBits>
+constexpr Tables<kPairBits> kTables = make_tables<kPairBits>();
 
 struct Units {
     __m512i low, high;
 };
 
-template <int K>
+// At most 32 units, as many as are there.
+template <int kCount>
+inline __m512i load_some(const uint16_t* units) {
+    if constexpr (kCount == 32) return _mm512_loadu_si512(units);
+    if constexpr (kCount == 16)
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(units)));
+    if constexpr (kCount == 8)
+        return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(units)));
+    return _mm512_maskz_loadu_epi16((uint32_t{1} << kCount % 32) - 1, units);
+}
+
+template <int kPairBits>
 inline Units load_units(const uint16_t* ring, int half) {
-    if constexpr (K == 2) {
-        const __m512i all = _mm512_loadu_si512(ring);
+    if constexpr (units_per_tile(kPairBits) <= 32) {
+        const __m512i all = load_some<units_per_tile(kPairBits)>(ring);
         return {all, all};
-    } else if constexpr (K == 3) {
-        const __m256i rest = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ring + 32));
-        return {_mm512_loadu_si512(ring), _mm512_castsi256_si512(rest)};
-    } else if constexpr (K == 4) {
-        return {_mm512_loadu_si512(ring), _mm512_loadu_si512(ring + 32)};
+    } else if constexpr (whole_ring(kPairBits)) {
+        return {_mm512_loadu_si512(ring), load_some<units_per_tile(kPairBits) - 32>(ring + 32)};
     } else {
-        const uint16_t* own = ring + half * 8 * K;
-        const uint16_t* before = half ? own - 8 : ring + 16 * K - 8;
+        const uint16_t* own = ring + half * units_per_half(kPairBits);
+        const __m512i high = load_some<units_per_half(kPairBits) - 32>(own + 32);
+        if constexpr (own_units_only(kPairBits)) return {_mm512_loadu_si512(own), high};
+        const uint16_t* before = half ? own - 8 : ring + units_per_tile(kPairBits) - 8;
         const __m128i previous = _mm_loadu_si128(reinterpret_cast<const __m128i*>(before));
-        __m512i high;
-        if constexpr (K == 5)
-            high = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(own + 32)));
-        else
-            high = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(own + 32)));
         return {_mm512_loadu_si512(own), _mm512_inserti32x4(high, previous, 2)};
     }
 }
 
-template <int K>
+template <int kPairBits>
 inline __m512i pick(const Units& units, const uint16_t* slots) {
     const __m512i index = _mm512_load_si512(slots);
-    if constexpr (K == 2) return _mm512_permutexvar_epi16(index, units.low);
+    if constexpr (units_per_tile(kPairBits) <= 32) return _mm512_permutexvar_epi16(index, units.low);
     return _mm512_permutex2var_epi16(units.low, index, units.high);
 }
 
-template <int K, int Window>
-inline __m512i window(const Units& units, int half) {
-    const Tables<K>& tables = kTables<K>;
-    const __m512i last_two = pick<K>(units, tables.last_two[half][Window]);
-    if constexpr (whole_units(K, Window)) return last_two;
-    const __m512i first_two = pick<K>(units, tables.first_two[half][Window]);
+template <int kPairBits, int Window>
+inline __m512i cut_window(const Units& units, int half) {
+    const Tables<kPairBits>& tables = kTables<kPairBits>;
+    const __m512i last_two = pick<kPairBits>(units, tables.last_two[half][Window]);
+    if constexpr (whole_units(kPairBits, Window)) return last_two;
+    const __m512i first_two = pick<kPairBits>(units, tables.first_two[half][Window]);
     return _mm512_or_si512(_mm512_sllv_epi32(first_two, _mm512_load_si512(tables.left[half][Window])),
                            _mm512_srlv_epi32(last_two, _mm512_load_si512(tables.right[half][Window])));
 }
+
+template <int kPairBits, int Window>
+inline __m512i window(const uint16_t* ring, const Units& units, int half) {
+    const __m512i bits = cut_window<kPairBits, Window>(units, half);
+    if constexpr (!own_units_only(kPairBits) || !wraps(kPairBits, 0, Window)) return bits;
+    return _mm512_mask_set1_epi32(bits, 1, static_cast<int>(window_at<kPairBits, Window>(ring, 16 * half)));
+}
+
+template <int... kPairBits>
+constexpr bool only_the_first_lane_reaches_back(std::integer_sequence<int, kPairBits...>) {
+    bool any = false;
+    for (int window = 0; window < 3; ++window)
+        any = any || ((own_units_only(kPairBits) && wraps(kPairBits, 1, window)) || ...);
+    return !any;
+}
+
+static_assert(only_the_first_lane_reaches_back(PairBits{}));
 
 struct Avx512 {
     static constexpr int kLanes = 16;
     using Float = __m512;
 
-    template <int K>
+    template <int kPairBits>
     struct Words {
-        __m512i word[window_count(K)];
+        __m512i word[window_count(kPairBits)];
     };
 
-    template <int K>
-    static Words<K> load_words(const uint16_t* ring, int half) {
-        const Units units = load_units<K>(ring, half);
-        Words<K> words;
-        words.word[0] = window<K, 0>(units, half);
-        if constexpr (window_count(K) > 1) words.word[1] = window<K, 1>(units, half);
-        if constexpr (window_count(K) > 2) words.word[2] = window<K, 2>(units, half);
+    template <int kPairBits>
+    static Words<kPairBits> load_words(const uint16_t* ring, int half) {
+        const Units units = load_units<kPairBits>(ring, half);
+        Words<kPairBits> words;
+        words.word[0] = window<kPairBits, 0>(ring, units, half);
+        if constexpr (window_count(kPairBits) > 1) words.word[1] = window<kPairBits, 1>(ring, units, half);
+        if constexpr (window_count(kPairBits) > 2) words.word[2] = window<kPairBits, 2>(ring, units, half);
         return words;
     }
 
-    template <int K, int J>
-    static Float values(const Words<K>& words, __m512i mask) {
-        const __m512i word = words.word[window_of(K, J)];
-        const __m512i state = _mm512_and_si512(_mm512_srli_epi32(word, state_shift(K, J)), mask);
+    template <int kPairBits, int J>
+    static Float values(const Words<kPairBits>& words, __m512i mask) {
+        const __m512i word = words.word[window_of(kPairBits, J)];
+        const __m512i state = _mm512_and_si512(_mm512_srli_epi32(word, state_shift(kPairBits, J)), mask);
         const __m512i product = _mm512_mullo_epi32(state, _mm512_set1_epi32(static_cast<int>(kMultiplier)));
         const __m512i pairs = _mm512_maddubs_epi16(product, _mm512_set1_epi8(1));
         const __m512i sum = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
@@ -146,6 +174,6 @@ struct Avx512 {
 
 }  // namespace
 
-Path path_avx512(int bits) { return path_of<Avx512>(bits); }
+Path path_avx512(int pair_bits) { return path_of<Avx512>(pair_bits, PairBits{}); }
 
 }  // namespace ernieq::trellis_matmul

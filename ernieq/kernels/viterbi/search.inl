@@ -2,11 +2,13 @@
 // viterbi_*.cpp for the three of them.
 //
 // A vector holds `Simd::kLanes` consecutive nodes. Metrics of consecutive predecessors are replicated over the
-// 2^K nodes that share them (`Simd::expand`). The value table is blocked: [node block][dropped bits][lane].
+// 2^shift states that share them (`Simd::expand`). The value table is blocked: [node block][dropped bits][lane].
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "rates.hpp"
 #include "viterbi.hpp"
 
 namespace ernieq::viterbi {
@@ -15,17 +17,25 @@ namespace ernieq::viterbi {
 constexpr uint16_t kUnreachable = 32767;
 
 // Doublings of the difference before it is squared: finer costs where the code is finer (see README.md).
-template <int kBits>
-constexpr int kDoublings = kBits <= 4 ? kBits - 2 : 3;
+constexpr int doublings(int pair_bits) {
+    const int bits = pair_bits / 2;
+    return bits < 2 ? 0 : bits < 6 ? bits - 2 : bits - 3;
+}
 
 // Buffers of one thread; they only grow.
 struct Workspace {
     std::vector<uint16_t> metrics[kTilesTogether][2];
     std::vector<uint32_t> decisions[kTilesTogether];
 
+    static long decisions_per_step(const Code& code, int lanes) {
+        const long even = code.nodes(0) / lanes * (code.symbols(0) - 1);
+        const long odd = code.nodes(1) / lanes * (code.symbols(1) - 1);
+        return std::max(even, odd);
+    }
+
     void reserve(const Code& code, int lanes) {
-        const size_t padded = code.nodes() + 64;  // `expand` may read past the last predecessor
-        const size_t per_step = code.nodes() / lanes * (code.symbols() - 1);
+        const size_t padded = code.nodes(0) + 64;  // `expand` may read past the last predecessor
+        const size_t per_step = decisions_per_step(code, lanes);
         for (int tile = 0; tile < kTilesTogether; ++tile) {
             for (auto& metrics : this->metrics[tile])
                 if (metrics.size() < padded) metrics.resize(padded);
@@ -34,15 +44,15 @@ struct Workspace {
     }
 };
 
-template <class Simd, int kBits>
+template <class Simd, int kPairBits>
 class Search {
   public:
     using Vector = typename Simd::Vector;
-    static constexpr int kSymbols = 1 << kBits;
+    static constexpr int kEven = kPairBits / 2, kOdd = kPairBits - kEven;  // shifts of the two weights of a pair
 
-    Search(const Code& code, const int16_t* values, Workspace& workspace)
-        : nodes_(code.nodes()), blocks_(code.nodes() / Simd::kLanes), node_bits_(code.state_bits - code.bits),
-          values_(values), work_(workspace) {}
+    Search(const Code& code, const Tables& values, Workspace& workspace)
+        : nodes_(code.nodes(0)), state_bits_(code.state_bits),
+          per_step_(Workspace::decisions_per_step(code, Simd::kLanes)), values_(values), work_(workspace) {}
 
     void encode(const int16_t* targets, int tiles, int first_pass_steps, uint8_t* symbols) {
         int16_t sequence[kTilesTogether][kTileWeights];
@@ -57,9 +67,9 @@ class Search {
                 sequence[tile][i] = target(tile, (kTileWeights - half + i) % kTileWeights);
             start_anywhere(tile);
         }
-        int parity = forward(sequence, first_pass_steps);
+        forward(sequence, first_pass_steps);
         for (int tile = 0; tile < both; ++tile) {
-            const uint16_t* metrics = work_.metrics[tile][parity].data();
+            const uint16_t* metrics = work_.metrics[tile][0].data();
             const int end = static_cast<int>(std::min_element(metrics, metrics + nodes_) - metrics);
             boundary[tile] = trace_back(tile, end, first_pass_steps, half, path);
             std::copy_n(&targets[std::min(tile, tiles - 1) * kTileWeights], kTileWeights, sequence[tile]);
@@ -80,15 +90,14 @@ class Search {
         work_.metrics[tile][0][node] = 0;
     }
 
-    // Run the add-compare-select recursion; returns which of the two metric buffers holds the result.
-    int forward(const int16_t (*sequence)[kTileWeights], int steps) {
-        int parity = 0;
-        for (int step = 0; step < steps; ++step, parity ^= 1) {
+    // Run the add-compare-select recursion over pairs of weights. Buffer 0 holds the metrics before each pair.
+    void forward(const int16_t (*sequence)[kTileWeights], int steps) {
+        for (int step = 0; step < steps; step += 2) {
             if (step && step % kRenormaliseEvery == 0)
-                for (auto& metrics : work_.metrics) renormalise(metrics[parity].data());
-            advance(sequence[0][step], sequence[1][step], parity, step);
+                for (auto& metrics : work_.metrics) renormalise(metrics[0].data());
+            advance<kEven, kOdd>(sequence[0][step], sequence[1][step], 0, step);
+            advance<kOdd, kEven>(sequence[0][step + 1], sequence[1][step + 1], 1, step + 1);
         }
-        return parity;
     }
 
     void renormalise(uint16_t* metrics) {
@@ -104,38 +113,42 @@ class Search {
 
     static inline Vector cost(Vector value, Vector target) {
         Vector difference = Simd::subtract(value, target);
-        for (int i = 0; i < kDoublings<kBits>; ++i) difference = Simd::add_saturated(difference, difference);
+        for (int i = 0; i < doublings(kPairBits); ++i) difference = Simd::add_saturated(difference, difference);
         return Simd::square(difference);
     }
 
+    // One weight, which shifts kIn bits in; the next one shifts kOut, so that many are dropped here.
+    template <int kIn, int kOut>
     void advance(int16_t target0, int16_t target1, int parity, int step) {
+        constexpr int kBranches = 1 << kOut;
         const Vector x0 = Simd::broadcast(target0), x1 = Simd::broadcast(target1);
         const Vector ceiling = Simd::broadcast(kUnreachable);
         const uint16_t* from0 = work_.metrics[0][parity].data();
         const uint16_t* from1 = work_.metrics[1][parity].data();
         uint16_t* to0 = work_.metrics[0][parity ^ 1].data();
         uint16_t* to1 = work_.metrics[1][parity ^ 1].data();
-        const long predecessors = nodes_ >> kBits;
-        uint32_t* choice0 = work_.decisions[0].data() + step * blocks_ * (kSymbols - 1);
-        uint32_t* choice1 = work_.decisions[1].data() + step * blocks_ * (kSymbols - 1);
-        const int16_t* values = values_;
-        for (long block = 0; block < blocks_; ++block) {
-            const long first = block * Simd::kLanes >> kBits;
+        const long blocks = (1L << (state_bits_ - kOut)) / Simd::kLanes;
+        const long predecessors = 1L << (state_bits_ - kOut - kIn);
+        uint32_t* choice0 = work_.decisions[0].data() + step * per_step_;
+        uint32_t* choice1 = work_.decisions[1].data() + step * per_step_;
+        const int16_t* values = values_.at[parity];
+        for (long block = 0; block < blocks; ++block) {
+            const long first = block * Simd::kLanes >> kIn;
             Vector value = Simd::load(values);
-            Vector best0 = Simd::add(Simd::template expand<kBits>(from0 + first), cost(value, x0));
-            Vector best1 = Simd::add(Simd::template expand<kBits>(from1 + first), cost(value, x1));
+            Vector best0 = Simd::add(Simd::template expand<kIn>(from0 + first), cost(value, x0));
+            Vector best1 = Simd::add(Simd::template expand<kIn>(from1 + first), cost(value, x1));
 #pragma GCC unroll 4
-            for (int dropped = 1; dropped < kSymbols; ++dropped) {
+            for (int dropped = 1; dropped < kBranches; ++dropped) {
                 const long from = first + dropped * predecessors;
                 value = Simd::load(values + dropped * Simd::kLanes);
-                const Vector next0 = Simd::add(Simd::template expand<kBits>(from0 + from), cost(value, x0));
-                const Vector next1 = Simd::add(Simd::template expand<kBits>(from1 + from), cost(value, x1));
+                const Vector next0 = Simd::add(Simd::template expand<kIn>(from0 + from), cost(value, x0));
+                const Vector next1 = Simd::add(Simd::template expand<kIn>(from1 + from), cost(value, x1));
                 *choice0++ = Simd::less(next0, best0);
                 *choice1++ = Simd::less(next1, best1);
                 best0 = Simd::minimum(best0, next0);
                 best1 = Simd::minimum(best1, next1);
             }
-            values += kSymbols * Simd::kLanes;
+            values += kBranches * Simd::kLanes;
             Simd::store(to0 + block * Simd::kLanes, Simd::minimum(best0, ceiling));
             Simd::store(to1 + block * Simd::kLanes, Simd::minimum(best1, ceiling));
         }
@@ -143,36 +156,49 @@ class Search {
 
     // Walk back from `node` after `steps` steps to the node after `stop` steps, writing the symbols passed.
     int trace_back(int tile, int node, int steps, int stop, uint8_t* path) const {
-        for (int step = steps - 1; step >= stop; --step) {
-            path[step] = static_cast<uint8_t>(node & (kSymbols - 1));
-            const long at = (step * blocks_ + node / Simd::kLanes) * (kSymbols - 1);
-            const uint32_t* choice = work_.decisions[tile].data() + at;
-            const int bit = node % Simd::kLanes * Simd::kMaskStride;
-            int dropped = kSymbols - 1;
-            while (dropped > 0 && !(choice[dropped - 1] >> bit & 1)) --dropped;
-            node = (node | dropped << node_bits_) >> kBits;
+        for (int step = steps - 1; step > stop; step -= 2) {
+            node = step_back<kOdd, kEven>(tile, node, step, path);
+            node = step_back<kEven, kOdd>(tile, node, step - 1, path);
         }
         return node;
     }
 
-    long nodes_, blocks_;
-    int node_bits_;
-    const int16_t* values_;
+    template <int kIn, int kOut>
+    int step_back(int tile, int node, int step, uint8_t* path) const {
+        const long at = step * per_step_ + node / Simd::kLanes * ((1L << kOut) - 1);
+        const uint32_t* choice = work_.decisions[tile].data() + at;
+        const int bit = node % Simd::kLanes * Simd::kMaskStride;
+        int dropped = (1 << kOut) - 1;
+        while (dropped > 0 && !(choice[dropped - 1] >> bit & 1)) --dropped;
+        const int state = node | dropped << (state_bits_ - kOut);
+        path[step] = static_cast<uint8_t>(state & ((1 << kIn) - 1));
+        return state >> kIn;
+    }
+
+    long nodes_;  // before an even weight
+    int state_bits_;
+    long per_step_;
+    Tables values_;
     Workspace& work_;
 };
 
+// Calls the search that is compiled for the rate.
+template <class Simd, int... kPairBits>
+void dispatch(const Code& code, const Tables& values, Workspace& workspace, const int16_t* targets, int tiles,
+              int first_pass_steps, uint8_t* symbols, std::integer_sequence<int, kPairBits...>) {
+    ((code.pair_bits == kPairBits
+          ? Search<Simd, kPairBits>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols)
+          : void()),
+     ...);
+}
+
 template <class Simd>
-void encode_group(const Code& code, const int16_t* values, const int16_t* targets, int tiles,
-                  int first_pass_steps, uint8_t* symbols) {
+void encode_group(const Code& code, const Tables& values, const int16_t* targets, int tiles, int first_pass_steps,
+                  uint8_t* symbols) {
     static thread_local Workspace workspace;
     workspace.reserve(code, Simd::kLanes);
-    switch (code.bits) {
-        case 2: return Search<Simd, 2>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols);
-        case 3: return Search<Simd, 3>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols);
-        case 4: return Search<Simd, 4>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols);
-        case 5: return Search<Simd, 5>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols);
-        case 6: return Search<Simd, 6>(code, values, workspace).encode(targets, tiles, first_pass_steps, symbols);
-    }
+    dispatch<Simd>(code, values, workspace, targets, tiles, first_pass_steps, symbols,
+                   PairBits{});
 }
 
 }  // namespace ernieq::viterbi

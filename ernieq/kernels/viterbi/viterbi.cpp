@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.hpp"
+#include "rates.hpp"
 #include "viterbi.hpp"
 
 namespace nb = nanobind;
@@ -33,38 +34,43 @@ Path path_of(Isa isa) {
     return {encode_group_scalar, kLanesScalar};
 }
 
-// [node block][dropped bits][lane], in 1/32 of a value unit: the order in which the search reads it.
-std::vector<int16_t> blocked_values(const Code& code, const int16_t* values, int lanes) {
+// [node block][dropped bits][lane], in 1/32 of a value unit: the order in which a step reads it whose next weight has
+// this parity.
+std::vector<int16_t> blocked_values(const Code& code, int next_parity, const int16_t* values, int lanes) {
     std::vector<int16_t> table;
     table.reserve(1L << code.state_bits);
-    for (long block = 0; block < code.nodes(); block += lanes)
-        for (long dropped = 0; dropped < code.symbols(); ++dropped)
+    const long nodes = code.nodes(next_parity);
+    for (long block = 0; block < nodes; block += lanes)
+        for (long dropped = 0; dropped < code.symbols(next_parity); ++dropped)
             for (int lane = 0; lane < lanes; ++lane)
-                table.push_back(static_cast<int16_t>(values[dropped * code.nodes() + block + lane] * kTargetUnit));
+                table.push_back(static_cast<int16_t>(values[dropped * nodes + block + lane] * kTargetUnit));
     return table;
 }
 
-void encode(Targets targets, Values values, int bits, int state_bits, int first_pass_steps, Symbols symbols,
+void encode(Targets targets, Values values, int pair_bits, int state_bits, int first_pass_steps, Symbols symbols,
             const std::string& isa, int threads) {
-    const Code code{bits, state_bits};
+    const Code code{pair_bits, state_bits};
     const long tiles = static_cast<long>(targets.shape(0));
-    if (bits < 2 || bits > 6 || state_bits > 16 || code.nodes() < kLanesAvx512 || state_bits < 2 * bits)
+    if (!is_code(pair_bits, state_bits) || code.nodes(1) < kLanesAvx512)
         throw std::invalid_argument("unsupported trellis code");
     if (targets.shape(1) != kTileWeights || symbols.shape(0) != targets.shape(0) ||
         symbols.shape(1) != kTileWeights || values.shape(0) != size_t{1} << state_bits)
         throw std::invalid_argument("targets, values and symbols do not fit together");
-    if (first_pass_steps < 2 || first_pass_steps > kTileWeights || first_pass_steps % 2)
-        throw std::invalid_argument("first_pass_steps must be even, 2 to 256");
+    if (first_pass_steps < 4 || first_pass_steps > kTileWeights || first_pass_steps % 4)
+        throw std::invalid_argument("first_pass_steps must be a multiple of 4, 4 to 256");
 
     const Path path = path_of(parse_isa(isa));
-    const std::vector<int16_t> table = blocked_values(code, values.data(), path.lanes);
+    const std::vector<int16_t> before_even = blocked_values(code, 0, values.data(), path.lanes);
+    std::vector<int16_t> before_odd;
+    if (pair_bits % 2) before_odd = blocked_values(code, 1, values.data(), path.lanes);
+    const Tables tables{{pair_bits % 2 ? before_odd.data() : before_even.data(), before_even.data()}};
     const int16_t* from = targets.data();
     uint8_t* to = symbols.data();
     nb::gil_scoped_release release;
     parallel_for((tiles + kTilesTogether - 1) / kTilesTogether, threads, [&](long group) {
         const long first = group * kTilesTogether;
         const int count = static_cast<int>(std::min<long>(kTilesTogether, tiles - first));
-        path.encode(code, table.data(), from + first * kTileWeights, count, first_pass_steps,
+        path.encode(code, tables, from + first * kTileWeights, count, first_pass_steps,
                     to + first * kTileWeights);
     });
 }
@@ -73,7 +79,7 @@ void encode(Targets targets, Values values, int bits, int state_bits, int first_
 }  // namespace viterbi
 
 void register_viterbi(nb::module_& module) {
-    module.def("viterbi_encode", &viterbi::encode, nb::arg("targets"), nb::arg("values"), nb::arg("bits"),
+    module.def("viterbi_encode", &viterbi::encode, nb::arg("targets"), nb::arg("values"), nb::arg("pair_bits"),
                nb::arg("state_bits"), nb::arg("first_pass_steps"), nb::arg("symbols"), nb::arg("isa"),
                nb::arg("threads"));
 }

@@ -24,14 +24,17 @@ struct Avx2 {
         return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi16(_mm256_max_epu16(a, b), a)));
     }
 
-    // Node lane i of a vector descends from predecessor i >> K: replicate 16 / 2^K of them.
-    template <int kBits>
+    // Node lane i of a vector descends from predecessor i >> shift: replicate 16 / 2^shift of them.
+    template <int kShift>
     static Vector expand(const uint16_t* p) {
-        if constexpr (kBits == 2) {
+        if constexpr (kShift == 1) {
+            const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+            return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(eight), replicate<1>());
+        } else if constexpr (kShift == 2) {
             int64_t four;
             std::memcpy(&four, p, 8);
             return _mm256_shuffle_epi8(_mm256_set1_epi64x(four), replicate<2>());
-        } else if constexpr (kBits == 3) {
+        } else if constexpr (kShift == 3) {
             int32_t two;
             std::memcpy(&two, p, 4);
             return _mm256_shuffle_epi8(_mm256_set1_epi32(two), replicate<3>());
@@ -41,13 +44,13 @@ struct Avx2 {
     }
 
   private:
-    template <int kBits>
+    template <int kShift>
     static Vector replicate() {
         alignas(32) static constexpr auto bytes = [] {
             struct { int8_t at[32]; } table{};
             for (int lane = 0; lane < 16; ++lane) {
-                table.at[2 * lane] = static_cast<int8_t>(2 * (lane >> kBits));
-                table.at[2 * lane + 1] = static_cast<int8_t>(2 * (lane >> kBits) + 1);
+                table.at[2 * lane] = static_cast<int8_t>(2 * (lane >> kShift));
+                table.at[2 * lane + 1] = static_cast<int8_t>(2 * (lane >> kShift) + 1);
             }
             return table;
         }();
@@ -57,7 +60,7 @@ struct Avx2 {
 
 }  // namespace
 
-void encode_group_avx2(const Code& code, const int16_t* values, const int16_t* targets, int tiles,
+void encode_group_avx2(const Code& code, const Tables& values, const int16_t* targets, int tiles,
                        int first_pass_steps, uint8_t* symbols) {
     encode_group<Avx2>(code, values, targets, tiles, first_pass_steps, symbols);
 }

@@ -51,15 +51,15 @@ struct Scalar {
         for (int i = 0; i < kLanes; ++i) mask |= uint32_t{a.lane[i] < b.lane[i]} << i;
         return mask;
     }
-    template <int kBits>
+    template <int kShift>
     static Vector expand(const uint16_t* p) {
-        return map([&](int i) { return p[i >> kBits]; });
+        return map([&](int i) { return p[i >> kShift]; });
     }
 };
 
 }  // namespace
 
-void encode_group_scalar(const Code& code, const int16_t* values, const int16_t* targets, int tiles,
+void encode_group_scalar(const Code& code, const Tables& values, const int16_t* targets, int tiles,
                          int first_pass_steps, uint8_t* symbols) {
     encode_group<Scalar>(code, values, targets, tiles, first_pass_steps, symbols);
 }
