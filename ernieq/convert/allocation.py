@@ -27,9 +27,11 @@ from ernieq.encode import SQUARED_ERROR
 from ernieq.errors import UsageError
 from ernieq.records import format_significant
 
-# The rate at whose error a unit is measured. Small errors cost more than their share, because routing flips with
-# the error's size and not with its square; beside all the others' errors the share at two bits is what counts.
+# The rate at whose error a unit is measured. Small errors cost more than their share, because routing flips
+# with the error's size and not with its square; beside the others' errors, the share at two bits counts.
 REFERENCE_RATE = 2.0
+
+Table = list[list[tuple[float, float, int]]]  # for every unit and rate: rate, predicted KL, bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Allocation:
         rates: unit name -> bits.
         sensitivities: unit name -> KL per squared error of the code.
         even: whether an even setting was measured to be better than what was chosen by sensitivity.
-        calibration: measured over predicted KL with all errors at once.
+        factor: measured over predicted KL, all errors at once.
     """
 
     recipe: Recipe
@@ -52,14 +54,14 @@ class Allocation:
     rates: Mapping[str, float]
     sensitivities: Mapping[str, float]
     even: bool
-    calibration: float
+    factor: float
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest keeps of it."""
         return {
             "target": {"goal": str(self.target.goal), "amount": self.target.amount},
             "predicted_kl": _rounded(self.predicted_kl),
-            "measured_over_predicted": _rounded(self.calibration),
+            "measured_over_predicted": _rounded(self.factor),
             "even": self.even,
             "units": {
                 name: {"bits": bits, "sensitivity": _rounded(self.sensitivities[name])}
@@ -106,7 +108,7 @@ class Allocator:
         rates = {unit.name: unit.rates[0] for unit in self._units}
         self.lightest = make_plan(checkpoint, with_rates(recipe, self._units, rates))
         self._sizes = UnitSizes(checkpoint, self._units, self.lightest)
-        self._probe = probe_of(sample, self._sizes.parameters)
+        self._probe = probe_of(sample)
         self._workplace, self._on_line, self._on_layer = workplace, on_line, on_layer
         self._sensitivities: dict[str, float] | None = None
 
@@ -126,12 +128,19 @@ class Allocator:
                 f"{target.smallest(smallest, self._sizes.parameters)}"
             )
 
+    @property
+    def unit_count(self) -> int:
+        """Number of units that are measured."""
+        return len(self._units)
+
     def allocate(self, target: Target) -> Allocation:
-        """The best rates within a bound on the size.
+        """The best rates within a bound.
 
         Raises:
-            UsageError: the size can't be reached.
+            UsageError: the target can't be reached.
         """
+        if target.goal is Goal.DIVERGENCE:
+            return self.allocate_divergence(target)
         self.check(target)
         limit = target.limit_bytes(self._sizes.parameters)
         chosen = self._within_bytes(limit)
@@ -141,12 +150,12 @@ class Allocator:
         best = min(range(len(candidates)), key=lambda place: measured[place])
         if best:
             self._on_line(
-                f"one rate for all layers is better here than rates by sensitivity (KL {measured[1]:.4f} against "
+                f"an even setting is better here than rates by sensitivity (KL {measured[1]:.4f} against "
                 f"{measured[0]:.4f} with emulated errors): it is kept"
             )
         return self._allocation(target, candidates[best], measured[best], even=bool(best))
 
-    def allocate_divergence(self, target: Target, factor: float | None) -> Allocation:
+    def allocate_divergence(self, target: Target, factor: float | None = None) -> Allocation:
         """The smallest size whose KL, ``factor`` times the predicted one, is within a bound.
 
         Args:
@@ -193,7 +202,7 @@ class Allocator:
         sensitivities = self.sensitivities()
         return sum(sensitivities[name] * SQUARED_ERROR[rate] for name, rate in rates.items())
 
-    def _options(self) -> list[list[tuple[float, float, int]]]:
+    def _options(self) -> Table:
         """For every unit and rate: rate, predicted KL, bytes."""
         sensitivities = self.sensitivities()
         return [
@@ -219,14 +228,13 @@ class Allocator:
             least = factor * self._predicted({unit.name: unit.rates[-1] for unit in self._units})
             raise UsageError(
                 f"{target.option} {target.amount:g} can't be reached: at the highest rates "
-                f"{format_significant(1.05 * least)} is expected"
+                f"{format_significant(least)} is expected"
             )
         return self._rates(table, chosen)
 
-    def _rates(self, table: Sequence[Sequence[tuple[float, float, int]]], chosen: Sequence[int]) -> dict[str, float]:
-        return {
-            unit.name: options[place][0] for unit, options, place in zip(self._units, table, chosen, strict=True)
-        }
+    def _rates(self, table: Table, chosen: Sequence[int]) -> dict[str, float]:
+        places = zip(self._units, table, chosen, strict=True)
+        return {unit.name: options[place][0] for unit, options, place in places}
 
     def _best_even(self, limit: int) -> dict[str, float] | None:
         """The even setting with the least predicted KL within the limit."""
@@ -238,9 +246,7 @@ class Allocator:
         inner = {rate for unit in self._units if unit.layer is not None for rate in unit.rates}
         outer = {rate for unit in self._units if unit.layer is None for rate in unit.rates}
         for inside, outside in product(sorted(inner), sorted(outer)):
-            yield {
-                unit.name: _nearest(unit, outside if unit.layer is None else inside) for unit in self._units
-            }
+            yield {unit.name: _nearest(unit, outside if unit.layer is None else inside) for unit in self._units}
         for parts in DEFAULT_BITS.values():
             yield {unit.name: _nearest(unit, parts[unit.part]) for unit in self._units}
 

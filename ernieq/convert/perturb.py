@@ -1,8 +1,8 @@
 """How much every error of the weights costs: KL between the model and copies of it with emulated errors.
 
 The bf16 model runs over a few windows, one layer in memory at a time. Beside its hidden states run those of
-perturbed copies, as differences from them; a copy begins where its first error is, so an error in one unit costs
-the layers behind it alone. Differences are kept in bfloat16: its rounding is relative to them, not to the states.
+perturbed copies, as differences from them; a copy begins where its first error is, so an error in one unit is
+paid for by the layers behind it alone. Differences are kept in bfloat16: its rounding is relative to them.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class Perturbed:
             looked_up = nn.functional.embedding(probe.scored, error)
             for copy, squared in touched:
                 copy.difference = (sqrt(squared) * looked_up).to(_DIFFERENCE_DTYPE)
-        hidden = nn.functional.embedding(probe.seen, table).to(
-            stream_dtype(probe.seen.numel(), table.shape[1])
-        )
+        hidden = nn.functional.embedding(probe.seen, table).to(stream_dtype(probe.seen.numel(), table.shape[1]))
         return base.to(self._workplace.device), self._workplace.place(Streams(hidden, hidden.clone()))
 
     def _layers(self, base: Tensor, seen: Streams, copies: Sequence[_Copy]) -> Tensor:
@@ -168,9 +166,7 @@ class Perturbed:
         unit = next(unit for unit in self._units if module in unit.modules)
         return self._errors(None, unit.groups[0], {module: weight}, gram)[module]
 
-    def _touching(
-        self, copies: Sequence[_Copy], layer: int | None, module: str
-    ) -> list[tuple[_Copy, float]]:
+    def _touching(self, copies: Sequence[_Copy], layer: int | None, module: str) -> list[tuple[_Copy, float]]:
         """Copies with an error in a module outside the layers, and its size."""
         units = [unit for unit in self._units if unit.layer == layer and module in unit.modules]
         return [(copy, copy.errors[unit.name]) for copy in copies for unit in copy.touches(units)]

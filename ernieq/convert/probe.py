@@ -9,11 +9,8 @@ from torch import Tensor
 from ernieq.calibrate import CalibrationSample
 
 # Many short windows tell more than a few long ones: sensitivities differ from text to text.
-_SCORED_LENGTH = 256
+_SCORED_WINDOWS, _SCORED_LENGTH = 16, 256
 _SEEN_WINDOWS = 16
-_SCORED_WINDOWS, _SCORED_WINDOWS_OF_LARGE, _LARGE = 32, 16, 4_000_000_000
-_MIN_SHARED = 2  # windows below which scored and seen ones are the same
-
 
 
 @dataclass(frozen=True)
@@ -30,16 +27,16 @@ class Probe:
     seen: Tensor
 
 
-def probe_of(sample: CalibrationSample, parameters: int) -> Probe:
-    """Windows of a measurement, spread over the calibration sample: some scored, others for the Hessians."""
-    windows, length = sample.windows.shape
-    wanted = _SCORED_WINDOWS_OF_LARGE if parameters > _LARGE else _SCORED_WINDOWS
-    if windows <= _MIN_SHARED:
-        return Probe(sample.windows[:, :_SCORED_LENGTH], sample.windows)
-    scored = _spread(windows, min(wanted, windows // 2))
-    rest = sorted(set(range(windows)) - set(scored))
+def probe_of(sample: CalibrationSample) -> Probe:
+    """Windows of a measurement, spread over the calibration sample; of a single window, scored and seen are it."""
+    windows = sample.windows
+    count = windows.shape[0]
+    if count == 1:
+        return Probe(windows[:, :_SCORED_LENGTH], windows)
+    scored = _spread(count, min(_SCORED_WINDOWS, count // 2))
+    rest = sorted(set(range(count)) - set(scored))
     seen = [rest[place] for place in _spread(len(rest), min(_SEEN_WINDOWS, len(rest)))]
-    return Probe(sample.windows[scored, : min(_SCORED_LENGTH, length)], sample.windows[seen])
+    return Probe(windows[scored, :_SCORED_LENGTH], windows[seen])
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -29,11 +29,11 @@ def packed_header_bytes(module: str, shape: Sequence[int], source_bytes: int) ->
     rows, columns = shape
     shapes = ((rows // 16, columns // 16, 128), (rows,), (columns // 8,))
     return sum(
-        header_bytes(module + suffix, side, source_bytes) for suffix, side in zip(_SUFFIXES, shapes, strict=True)
+        header_bytes(module + suffix, side, source_bytes)
+        for suffix, side in zip(_SUFFIXES, shapes, strict=True)
     )
 
 
 def shard_overhead(source_bytes: int) -> int:
     """Upper bound of what shards take beside entries and data; two neighbours together hold one full shard."""
     return _SHARD_BYTES * (1 + 2 * (source_bytes // DEFAULT_SHARD_BYTES + 1))
-

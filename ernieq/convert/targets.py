@@ -77,4 +77,3 @@ def parse_bytes(text: str, option: str) -> float:
             f"{option} is {text!r}; it must be a size above zero such as 6GB, 13.7MB or 5800000{hint}"
         )
     return float(match.group(1)) * _UNITS[unit]
-

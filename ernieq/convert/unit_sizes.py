@@ -51,6 +51,8 @@ class UnitSizes:
     def _module(self, module: str, rate: float, *, data_only: bool) -> int:
         info = self._checkpoint.info(f"{module}.weight")
         if rate == KEEP:
-            return info.nbytes + (0 if data_only else header_bytes(f"{module}.weight", info.shape, self._source))
+            return info.nbytes + (
+                0 if data_only else header_bytes(f"{module}.weight", info.shape, self._source)
+            )
         data = packed_bytes(info.shape, rate)
         return data + (0 if data_only else packed_header_bytes(module, info.shape, self._source))

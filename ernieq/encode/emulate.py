@@ -1,7 +1,7 @@
 """What an encoded matrix would get wrong, drawn at random without a search.
 
-LDLQ leaves ``(E L)`` white: every block's rounding error is that of the code, independent of the others, and the
-feedback spreads it by ``L^-1`` (``feedback.py``; QuIP, arXiv 2307.13304, section 3). A Gaussian matrix led
+LDLQ leaves ``(E L)`` white: every block's rounding error is that of the code, independent of the others, and
+the feedback spreads it by ``L^-1`` (``feedback.py``; QuIP, arXiv 2307.13304, section 3). A Gaussian matrix led
 through ``L^-1`` therefore has the size and the direction of a real error, at the price of one triangular solve.
 """
 
@@ -61,7 +61,7 @@ def emulated_errors(
 
 
 def _noise(weight: Tensor, name: str, seed: int) -> Tensor:
-    """Gaussian, each row with the root mean square of the weight's; drawn by the CPU, so the same everywhere."""
+    """Gaussian, each row with the root mean square of the weight's; drawn by the CPU: the same everywhere."""
     key = int.from_bytes(hashlib.sha256(f"{seed}:error:{name}".encode()).digest()[:7], "little")
     white = torch.randn(weight.shape, generator=torch.Generator().manual_seed(key)).to(weight.device)
     return white * weight.float().square().mean(dim=1, keepdim=True).sqrt()
