@@ -28,7 +28,7 @@ class Probe:
 
 
 def probe_of(sample: CalibrationSample) -> Probe:
-    """Windows of a measurement, spread over the calibration sample; of a single window, scored and seen are it."""
+    """Windows of a measurement, spread over the calibration sample; a single one is both scored and seen."""
     windows = sample.windows
     count = windows.shape[0]
     if count == 1:

@@ -1,7 +1,7 @@
 """Units of allocation: the matrices that get their bits together, because a kernel reads them together.
 
 In a layer: q, k and v; o; gate and up of the dense MLP, its down; the same of the shared experts; gate and up
-of all routed experts, their downs. Outside: the embedding (a tied head is the same matrix), and a head of its own.
+of all routed experts, their downs. Outside: the embedding (a tied head is the same matrix), an untied head.
 """
 
 from __future__ import annotations
