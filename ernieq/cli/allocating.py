@@ -90,8 +90,9 @@ def hold_out(
     count = sample.windows.shape[0]
     if count < 2:
         raise TextError("--max-kl needs at least two calibration windows, one of them to check the result on")
-    held = min(HELD_OUT_WINDOWS, max(1, count // 4))
-    return replace(sample, windows=sample.windows[: count - held]), sample.windows[count - held :]
+    # A short text is shared out: a quarter of it, at most, is held out.
+    kept = min(settings.windows, count - min(HELD_OUT_WINDOWS, max(1, count // 4)))
+    return replace(sample, windows=sample.windows[:kept]), sample.windows[kept:]
 
 
 def convert_in_rounds(run: ConversionRun, allocated: Allocated) -> tuple[ConversionReport, float]:
