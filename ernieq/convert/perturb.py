@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import sqrt
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ernieq.calibrate import Streams, collect_layer, narrow_layer, shared_copy, stream_dtype
@@ -73,8 +75,8 @@ class Perturbed:
         self._on_layer = on_layer
 
     @torch.no_grad()
-    def divergences(self, probe: Probe, perturbations: Sequence[Perturbation]) -> list[float]:
-        """Mean KL(model || copy) over the scored tokens, nats, of every copy.
+    def divergences(self, probe: Probe, perturbations: Sequence[Perturbation]) -> NDArray[np.float64]:
+        """Mean KL(model || copy) over the tokens of every scored window, nats: (copies, windows) float64.
 
         Raises:
             NonFiniteError: an activation or a logit is NaN or infinite.
@@ -171,8 +173,8 @@ class Perturbed:
         units = [unit for unit in self._units if unit.layer == layer and module in unit.modules]
         return [(copy, copy.errors[unit.name]) for copy in copies for unit in copy.touches(units)]
 
-    def _compare(self, base: Tensor, seen: Streams, copies: Sequence[_Copy]) -> list[float]:
-        """Mean KL of every copy, from the states behind the last layer."""
+    def _compare(self, base: Tensor, seen: Streams, copies: Sequence[_Copy]) -> NDArray[np.float64]:
+        """KL of every copy and window, from the states behind the last layer."""
         device, config = self._workplace.device, self._checkpoint.config
         norm = load_final_norm(self._checkpoint).to(device)
         head = load_head(self._checkpoint).to(device)
@@ -183,25 +185,25 @@ class Perturbed:
             gram = None if tied else _head_gram(norm, seen)
             error = self._outer_error(EMBEDDING if tied else HEAD, head.weight.data, gram)
         sizes = {id(copy): sqrt(squared) for copy, squared in touched}
-        flat = base.flatten(0, 1)
-        sums = np.zeros(len(copies))
-        for start in range(0, flat.shape[0], _CHUNK_TOKENS):
+        windows, length, _ = base.shape
+        sums = np.zeros((len(copies), windows))
+        for window, start in product(range(windows), range(0, length, _CHUNK_TOKENS)):
             rows = slice(start, start + _CHUNK_TOKENS)
-            wanted = torch.log_softmax(head(norm(flat[rows])), dim=1)
+            wanted = torch.log_softmax(head(norm(base[window, rows])), dim=1)  # (tokens, vocabulary)
             chances = wanted.exp()
             for place, copy in enumerate(copies):
-                states = flat[rows]
+                states = base[window, rows]
                 if copy.difference is not None:
-                    states = states + copy.difference.flatten(0, 1)[rows].to(device)
+                    states = states + copy.difference[window, rows].to(device)
                 normed = norm(states)
                 logits = head(normed)
                 if error is not None and id(copy) in sizes:
                     logits.addmm_(normed, error.T, alpha=sizes[id(copy)])
                 difference = torch.log_softmax(logits, dim=1).neg_().add_(wanted)
-                sums[place] += float(torch.linalg.vecdot(chances, difference).sum(dtype=torch.float64))
+                sums[place, window] += float(torch.linalg.vecdot(chances, difference).sum(dtype=torch.float64))
         if not np.isfinite(sums).all():
             raise NonFiniteError("logits of the model, or of a copy with small errors, are NaN or infinite")
-        return [float(total) / flat.shape[0] for total in sums]
+        return sums / length
 
 
 def _forward(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ernieq.calibrate import CalibrationSample, read_text_file
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import Allocator, Goal, Part, Recipe, Target, Workplace, draw_sample, make_plan
+from ernieq.convert.allocation import balanced
 from ernieq.convert.probe import probe_of
 from ernieq.encode import SQUARED_ERROR
 from ernieq.errors import UsageError
@@ -125,3 +127,10 @@ def test_scored_windows_and_those_of_the_hessians_are_others() -> None:
     assert not set(probe.scored[:, 0].tolist()) & set(probe.seen[:, 0].tolist())
     single = probe_of(CalibrationSample(windows[:1], (), 0))
     assert (single.scored.shape, single.seen.shape) == ((1, 256), (1, 300))
+
+
+def test_a_window_that_loses_ten_times_as_much_does_not_decide_alone() -> None:
+    even = np.array([[0.03, 0.01], [0.01, 0.03]])
+    assert balanced(even) == pytest.approx([0.02, 0.02])
+    assert balanced(even * [[10, 1]]) == pytest.approx([0.11, 0.11])
+    assert balanced(np.array([[0.2, -1e-9], [0.1, 0.0]])).sum() == pytest.approx(0.15)
