@@ -16,7 +16,7 @@ from machine import describe_machine, write_result
 from ernieq.encode.scales import CODEBOOK_SCALE
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.viterbi import FULL_FIRST_PASS, SHORT_FIRST_PASS, encode_tiles
-from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode, ring_states, state_values
+from ernieq.trellis import RATES, TILE_WEIGHTS, VALUE_RMS, TrellisCode, ring_states, state_values
 
 
 def measure(
@@ -65,13 +65,13 @@ def main() -> None:
         rows.append(row)
         print(
             f"K={row['bits_per_weight']} L={row['state_bits']} scale={row['codebook_scale']:.2f} "
-            f"first pass={row['first_pass_steps']} {row['backend']}: mse {row['mse']:.5f} "
+            f"first pass={row['first_pass_steps']} {row['backend']}: mse {row['mse']:.4g} "
             f"({row['mse'] / row['rate_distortion_bound']:.3f} x bound), "
             f"{row['weights_per_second']:,.0f} weights/s",
             flush=True,
         )
 
-    for bits in (2, 3, 4, 5, 6):
+    for bits in RATES:
         add(TrellisCode(bits), arguments.samples)
         if arguments.sweep:
             for change in (-0.06, -0.03, 0.03, 0.06):

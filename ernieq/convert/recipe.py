@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ernieq.errors import RecipeError
-from ernieq.kernels.viterbi import FULL_FIRST_PASS
+from ernieq.kernels.viterbi import FULL_FIRST_PASS, check_first_pass
 from ernieq.trellis import RATES
 
 KEEP = 16  # "bits" of a tensor that keeps the numbers of the source
@@ -77,6 +77,9 @@ class EncodeSettings:
         first_pass_steps: length of the first tail-biting pass; 96 is quicker, and 1.5 % worse at 2 bits.
         shrinkage: tokens per channel at which an expert's own Hessian counts as much as its layer's.
         correction_damping: share of the mean diagonal that restrains the correction toward the bf16 output.
+
+    Raises:
+        UsageError: first_pass_steps is no multiple of 4 from 4 to 256.
     """
 
     state_bits: int = 16
@@ -84,6 +87,9 @@ class EncodeSettings:
     first_pass_steps: int = FULL_FIRST_PASS
     shrinkage: float = 1.0
     correction_damping: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_first_pass(self.first_pass_steps)
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def default_recipe(bits: float) -> Recipe:
         RecipeError: bits is not 1.5 to 6 in halves.
     """
     if not _is_number(bits) or bits not in DEFAULT_BITS:
-        raise RecipeError(f"--bits is {bits!r}; there are default recipes for 1.5 to 6 bits in halves")
+        raise RecipeError(f"--bits is {_shown(bits)}; there are default recipes for 1.5 to 6 bits in halves")
     parts = DEFAULT_BITS[bits]
     return Recipe(parts[Part.ROUTED_EXPERTS], dict(parts))
 
@@ -206,9 +212,13 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _shown(value: object) -> str:
+    return f"{value:g}" if _is_number(value) else repr(value)
+
+
 def _checked_bits(bits: object, origin: str) -> float:
     if not _is_number(bits) or bits not in (*RATES, KEEP):
-        raise RecipeError(f"{origin} is {bits!r}; bits are {BITS_ALLOWED}")
+        raise RecipeError(f"{origin} is {_shown(bits)}; bits are {BITS_ALLOWED}")
     return int(bits) if bits == int(bits) else bits
 
 

@@ -19,7 +19,7 @@ class EncodeOptions:
 
     Args:
         damping: share of the mean diagonal that is added to a Hessian before it is factored.
-        first_pass_steps: length of the first tail-biting pass, 96 (quick) to 256.
+        first_pass_steps: length of the first tail-biting pass, a multiple of 4 from 96 (quick) to 256.
         backend: implementation of the trellis search.
         threads: threads of the trellis search; all processors by default.
         memory_bytes: GPU memory that matrices at work may take; no bound by default.

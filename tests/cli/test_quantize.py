@@ -12,9 +12,10 @@ import torch
 
 from ernieq.encode import EncodeOptions, encode_matrices
 from ernieq.kernels.backend import Backend
+from ernieq.load import load_model
 from ernieq.pack import PackedReader
 from tests.cli.quantizing import CODE, SAMPLE, done, quantize, refused, run
-from tests.convert.conversions import file_hashes, write_words
+from tests.convert.conversions import decoded_model, file_hashes, write_words
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def source(tiny: Callable[..., Path]) -> Path:
     return directory
 
 
-def bits_of(packed: Path) -> dict[str, int]:
+def bits_of(packed: Path) -> dict[str, float]:
     reader = PackedReader(packed)
     return {module: reader.code_of(module).bits_per_weight for module in reader.modules()}
 
@@ -34,11 +35,12 @@ def shards(packed: Path) -> dict[str, str]:
     return file_hashes(packed, "*.safetensors")
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3, 4])
 def test_bits_set_the_routed_experts_and_the_code_of_all_is_in_the_manifest(
-    source: Path, tmp_path: Path, bits: int
+    source: Path, tmp_path: Path, bits: float
 ) -> None:
     done(quantize(source, tmp_path / "packed", "--bits", str(bits)))
+    done(run("verify", tmp_path / "packed"))
     found = bits_of(tmp_path / "packed")
     assert {found[name] for name in found if ".experts." in name} == {bits}
     assert PackedReader(tmp_path / "packed").manifest.recipe["bits"] == bits
@@ -54,9 +56,9 @@ def test_bits_set_the_routed_experts_and_the_code_of_all_is_in_the_manifest(
         ("--head-bits", "lm_head"),
     ],
 )
-@pytest.mark.parametrize("bits", [3, 16])
+@pytest.mark.parametrize("bits", [3.5, 16])
 def test_an_option_of_a_part_sets_this_part_and_no_other(
-    source: Path, tmp_path: Path, option: str, words: str, bits: int
+    source: Path, tmp_path: Path, option: str, words: str, bits: float
 ) -> None:
     done(quantize(source, tmp_path / "default"))
     done(quantize(source, tmp_path / "packed", option, str(bits)))
@@ -236,6 +238,34 @@ def test_the_output_is_named_after_the_model_and_its_bits(
     monkeypatch.chdir(tmp_path)
     done(run("quantize", source, "--bits", "3", "--text", source.parent / "words.txt", *CODE, *SAMPLE))
     assert (tmp_path / f"{source.name}-3bit" / "ernieq.json").exists()
+    done(run("quantize", source, "--bits", "2.5", "--text", source.parent / "words.txt", *CODE, *SAMPLE))
+    assert (tmp_path / f"{source.name}-2.5bit" / "ernieq.json").exists()
+
+
+def test_a_half_rate_is_written_as_one_in_the_plan_the_files_and_the_card(source: Path, tmp_path: Path) -> None:
+    options = ("--bits", "2.5", "--attention-bits", "4.0")
+    plan = done(quantize(source, tmp_path / "packed", *options, "--dry-run"))
+    assert "2.50" in next(line for line in plan.splitlines() if "routed_experts" in line)
+    done(quantize(source, tmp_path / "packed", *options))
+    config = (tmp_path / "packed" / "config.json").read_text()
+    modules = json.loads(config)["quantization_config"]["modules"]
+    assert {repr(entry["bits"]) for entry in modules.values()} == {"2.5", "4", "5"}
+    recipe = PackedReader(tmp_path / "packed").manifest.recipe
+    assert (repr(recipe["bits"]), repr(recipe["parts"]["attention"])) == ("2.5", "4")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "| routed experts |" in card
+    assert "| 2.50 |" in card
+    assert '"bits": 2.5' in card
+    assert "K=2.5 L=10" in done(run("inspect", tmp_path / "packed"))
+
+
+def test_a_model_of_one_and_a_half_bits_loads_and_writes(source: Path, tmp_path: Path) -> None:
+    done(quantize(source, tmp_path / "packed", "--bits", "1.5", "--shared-bits", "2.5"))
+    tokens = torch.tensor([[1, 5, 9, 4]])
+    with torch.no_grad():
+        logits = load_model(tmp_path / "packed")(tokens)
+        expected = decoded_model(source, tmp_path / "packed")(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_revision_of_a_local_directory_is_refused(source: Path, tmp_path: Path) -> None:

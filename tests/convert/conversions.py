@@ -44,10 +44,10 @@ def write_words(path: Path, count: int = 400, seed: int = 0) -> Path:
 
 
 def quick_recipe(
-    bits: int = 2,
+    bits: float = 2,
     *,
-    parts: Mapping[Part, int] | None = None,
-    modules: Mapping[str, int] | None = None,
+    parts: Mapping[Part, float] | None = None,
+    modules: Mapping[str, float] | None = None,
     windows: int = 4,
     correction_damping: float = EncodeSettings.correction_damping,
     seed: int = 0,

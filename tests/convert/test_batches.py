@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def convert_in_batches(
     *,
     phases: list[str] | None = None,
     hessians: HessianDirectory | None = None,
-    modules: dict[str, int] | None = None,
+    modules: Mapping[str, float] | None = None,
 ) -> ConversionReport:
     """``conversions.convert``, but with several experts at once."""
     calibration = hessians or [read_text_file(write_words(out.with_suffix(".txt")))]
@@ -63,7 +63,7 @@ def test_batches_of_experts_lose_no_more_than_one_expert_after_the_other(
 
 
 def test_experts_of_a_batch_may_have_bits_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
-    patterns = {"*.experts.2.*": 4, "*.experts.1.up_proj": 3, "*.experts.0.down_proj": 16}
+    patterns = {"*.experts.2.*": 2.5, "*.experts.1.up_proj": 3, "*.experts.0.down_proj": 16}
     report = convert_in_batches(tiny(), tmp_path / "packed", 4, modules=patterns)
     reader = PackedReader(tmp_path / "packed")
     bits = {module: reader.code_of(module).bits_per_weight for module in reader.modules()}

@@ -140,14 +140,14 @@ def test_a_part_of_16_bits_keeps_the_bytes_of_the_source_and_no_other_does(
 
 
 def test_module_patterns_decide_over_parts_and_the_last_match_wins(tiny: Tiny, tmp_path: Path) -> None:
-    patterns = {"model.layers.1.*": 3, "*.experts.2.*": 4, "model.layers.1.self_attn.q_proj": KEEP}
+    patterns = {"model.layers.1.*": 3.5, "*.experts.2.*": 4, "model.layers.1.self_attn.q_proj": KEEP}
     report = convert(tiny(), tmp_path / "packed", quick_recipe(modules=patterns))
     reader = PackedReader(tmp_path / "packed")
     bits = {module: reader.code_of(module).bits_per_weight for module in reader.modules()}
     assert bits == report.plan.modules
     assert "model.layers.1.self_attn.q_proj" not in bits
-    assert bits["model.layers.1.self_attn.k_proj"] == 3
-    assert bits["model.layers.1.mlp.experts.0.up_proj"] == 3
+    assert bits["model.layers.1.self_attn.k_proj"] == 3.5
+    assert bits["model.layers.1.mlp.experts.0.up_proj"] == 3.5
     assert bits["model.layers.1.mlp.experts.2.up_proj"] == 4
     assert bits["model.layers.2.mlp.experts.0.up_proj"] == 2
     assert bits["model.layers.2.self_attn.q_proj"] == 4
@@ -157,7 +157,7 @@ def test_the_error_of_every_layer_and_of_the_logits_falls_with_the_bits(tiny: Ti
     source = tiny()
     wanted = logits_of(load_model(source))
     layer_errors, logit_errors = [], []
-    for bits in (2, 3, 4, 5):
+    for bits in (2, 2.5, 3.5, 5):
         parts = dict.fromkeys(Part, bits)
         report = convert(source, tmp_path / f"{bits}", quick_recipe(parts=parts))
         layer_errors.append([layer.output_error for layer in report.layers])

@@ -16,11 +16,11 @@ def random_signs(width: int, seed: int = 0) -> NDArray[np.int8]:
 
 
 def random_matrix(
-    rows: int, columns: int, bits: int = 2, *, signs: NDArray[np.int8] | None = None, seed: int = 0
+    rows: int, columns: int, bits: float = 2, *, signs: NDArray[np.int8] | None = None, seed: int = 0
 ) -> EncodedMatrix:
     """A matrix of any bytes, scaled so that it keeps the size of what it multiplies."""
-    random = np.random.default_rng((seed, rows, columns, bits))
-    code = TrellisCode(bits, 16 if bits % 2 else 12)
+    random = np.random.default_rng((seed, rows, columns, round(2 * bits)))
+    code = TrellisCode(bits, 12 if bits in (2, 4, 6) else 16)
     shape = (rows // 16, columns // 16, code.units_per_tile)
     return EncodedMatrix(
         packed=random.integers(-(2**15), 2**15, shape).astype(np.int16),

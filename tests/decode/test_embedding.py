@@ -10,8 +10,8 @@ from tests.decode.encoded_matrices import plain_weight, random_matrix
 VOCABULARY = 16 * 100  # more bands than are decoded at a time
 
 
-@pytest.mark.parametrize("bits", [2, 6])
-def test_rows_looked_up_are_those_of_the_decoded_table(bits: int) -> None:
+@pytest.mark.parametrize("bits", [1.5, 2, 6, 8])
+def test_rows_looked_up_are_those_of_the_decoded_table(bits: float) -> None:
     matrix = random_matrix(VOCABULARY, 64, bits)
     ids = torch.tensor([[0, 15, 16, 700, 700], [VOCABULARY - 1, 3, 1024, 1023, 0]])
     expected = plain_weight(matrix)[ids]

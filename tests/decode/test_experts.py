@@ -38,7 +38,7 @@ def pair(*, shared_signs: bool) -> tuple[TrellisExperts, Experts]:
             rows, columns = (HIDDEN, WIDTH) if name == "down_proj" else (WIDTH, HIDDEN)
             seed = 3 * expert + number
             signs = random_signs(columns, 0 if shared_signs else seed)
-            matrix = random_matrix(rows, columns, 2 + expert % 3, signs=signs, seed=seed)
+            matrix = random_matrix(rows, columns, (1.5, 2, 3.5)[expert % 3], signs=signs, seed=seed)
             setattr(packed[expert], name, TrellisLinear(matrix))
             cast(nn.Linear, getattr(plain[expert], name)).weight = nn.Parameter(
                 plain_weight(matrix), requires_grad=False

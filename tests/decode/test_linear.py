@@ -16,10 +16,13 @@ from tests.decode.encoded_matrices import plain_weight, random_matrix
 
 
 @pytest.mark.parametrize("backend", [Backend.AUTO, Backend.REFERENCE])
-@pytest.mark.parametrize(("rows", "columns", "bits"), [(48, 64, 2), (32, 144, 3), (16, 256, 4), (64, 48, 6)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "bits"),
+    [(48, 64, 2), (32, 144, 3), (16, 256, 4), (64, 48, 6), (32, 48, 2.5), (16, 80, 8)],
+)
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_a_packed_linear_equals_a_plain_one_with_its_decoded_weight(
-    rows: int, columns: int, bits: int, tokens: int, backend: Backend
+    rows: int, columns: int, bits: float, tokens: int, backend: Backend
 ) -> None:
     matrix = random_matrix(rows, columns, bits)
     bias = torch.linspace(-1, 1, rows)

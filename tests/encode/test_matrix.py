@@ -13,7 +13,7 @@ from ernieq.encode.matrix import proxy_error
 from ernieq.encode.scales import SMALLEST_SCALE, initial_scale, refit_scale, to_float16
 from ernieq.errors import NonFiniteError, ShapeError
 from ernieq.kernels.hadamard import rotate, unrotate
-from ernieq.trellis import TrellisCode
+from ernieq.trellis import RATES, TrellisCode
 
 CODE = TrellisCode(2, 10)
 OPTIONS = EncodeOptions(threads=1)
@@ -68,8 +68,8 @@ def test_signs_depend_on_seed_and_group_alone_and_are_pinned() -> None:
 
 
 @pytest.mark.parametrize("width", [16, 48, 80, 576])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_any_width_that_is_a_multiple_of_16_encodes_near_its_rate(width: int, bits: int) -> None:
+@pytest.mark.parametrize("bits", [1.5, 2, 2.5, 3, 4])
+def test_any_width_that_is_a_multiple_of_16_encodes_near_its_rate(width: int, bits: float) -> None:
     weight = random(48, width)
     error = float(
         (encode(weight, code=TrellisCode(bits, 12)) - weight).square().mean() / weight.square().mean()
@@ -149,5 +149,5 @@ def test_a_senseless_fit_keeps_the_scale_of_the_search() -> None:
 
 def test_more_bits_take_a_wider_codebook() -> None:
     weight = random(16, 64)
-    scales = [float(initial_scale(weight, bits).float().mean()) for bits in (2, 3, 4, 5, 6)]
+    scales = [float(initial_scale(weight, bits).float().mean()) for bits in RATES]
     assert scales == sorted(scales)

@@ -16,10 +16,10 @@ EXTRA = RawTensor("U8", (3,), b"\x01\x02\x03")
 
 
 def random_matrix(
-    out_features: int, in_features: int, bits: int, *, state_bits: int = 16, block: int = 16, seed: int = 0
+    out_features: int, in_features: int, bits: float, *, state_bits: int = 16, block: int = 16, seed: int = 0
 ) -> EncodedMatrix:
     random = np.random.default_rng(seed)
-    shape = (out_features // 16, in_features // 16, 16 * bits)
+    shape = (out_features // 16, in_features // 16, int(16 * bits))
     return EncodedMatrix(
         packed=random.integers(-(1 << 15), 1 << 15, shape).astype(np.int16),
         scale=random.uniform(0.01, 1.0, out_features).astype(np.float16),

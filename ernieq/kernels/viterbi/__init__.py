@@ -109,6 +109,15 @@ def search_tiles(
 def _check(shape: tuple[int, ...], first_pass_steps: int) -> None:
     if len(shape) != 2 or shape[1] != TILE_WEIGHTS:
         raise ShapeError(f"targets have shape {tuple(shape)}; expected (tiles, {TILE_WEIGHTS})")
+    check_first_pass(first_pass_steps)
+
+
+def check_first_pass(first_pass_steps: int) -> None:
+    """Refuse a length of the first pass that can't be.
+
+    Raises:
+        UsageError: it is no multiple of 4, or out of range.
+    """
     # Half of the steps lie before the seam: a multiple of four starts at an even weight.
     if not 4 <= first_pass_steps <= TILE_WEIGHTS or first_pass_steps % 4:
         raise UsageError(
