@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -57,6 +58,8 @@ def chosen_target(settings: Mapping[str, Any], bits: float | None, hessians: obj
     name, value = given[0], settings[given[0]]
     if name in _SIZES:
         return Target(_SIZES[name][0], parse_bytes(value, options[0]))
+    if not math.isfinite(value):
+        raise UsageError(f"{options[0]} is {value}; it must be a finite number above zero")
     return Target(_NUMBERS[name][0], value)
 
 

@@ -141,6 +141,8 @@ def command(
       ernieq quantize --bits 2
       ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
       ernieq quantize ./my-model --bits 2.5 --attention-bits 5 --dry-run
+      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --target-size 6GB
+      ernieq quantize --max-kl 0.1
     """
     torch.set_num_threads(threads)
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from math import ceil
 
 from ernieq.errors import UsageError
 from ernieq.records import format_bytes
@@ -58,9 +58,9 @@ class Target:
     def smallest(self, size: int, parameters: int) -> str:
         """The smallest that can be reached, in the unit of the goal, rounded up so that asking for it works."""
         if self.goal is Goal.BITS_PER_PARAMETER:
-            return f"{ceil(8000 * size / parameters) / 1000:.3f}"
+            return f"{math.ceil(8000 * size / parameters) / 1000:.3f}"
         unit, factor = ("kB", 10**3) if size < 10**7 else ("MB", 10**6) if size < 10**10 else ("GB", 10**9)
-        return f"{ceil(100 * size / factor) / 100:.2f}{unit}"
+        return f"{math.ceil(100 * size / factor) / 100:.2f}{unit}"
 
 
 def parse_bytes(text: str, option: str) -> float:
@@ -71,7 +71,7 @@ def parse_bytes(text: str, option: str) -> float:
     """
     match = _SIZE.fullmatch(text)
     unit = match.group(2).lower() or "b" if match else ""
-    if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
+    if match is None or unit not in _UNITS or not 0 < float(match.group(1)) < math.inf:
         hint = "; units are decimal (1 GB = 10^9 bytes), so GiB is not one" if unit.endswith("ib") else ""
         raise UsageError(
             f"{option} is {text!r}; it must be a size above zero such as 6GB, 13.7MB or 5800000{hint}"

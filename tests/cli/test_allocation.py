@@ -131,6 +131,8 @@ def test_dry_run_prints_the_rates_says_that_it_measures_and_writes_nothing(
         (("--target-decoder-size", "none"), ("--target-decoder-size", "'none'", "13.7MB")),
         (("--target-decoder-size", "1kB"), ("--target-decoder-size", "smallest")),
         (("--target-bpw", "0.5"), ("--target-bpw", "smallest")),
+        (("--target-bpw", "inf"), ("--target-bpw", "inf", "finite")),
+        (("--max-kl", "nan"), ("--max-kl", "nan", "finite")),
     ],
     ids=str,
 )
