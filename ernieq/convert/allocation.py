@@ -20,8 +20,8 @@ from ernieq.checkpoint import Checkpoint
 from ernieq.convert.milp import Option, choose
 from ernieq.convert.perturb import Perturbed
 from ernieq.convert.plan import make_plan
-from ernieq.convert.probe import probe_of
-from ernieq.convert.recipe import DEFAULT_BITS, Part, Recipe
+from ernieq.convert.probe import balanced, probe_of, typical_divergence
+from ernieq.convert.recipe import DEFAULT_BITS, KEEP, Part, Recipe
 from ernieq.convert.targets import Goal, Target
 from ernieq.convert.unit_sizes import UnitSizes
 from ernieq.convert.units import OUTER_PARTS, Unit, allocation_units, with_rates
@@ -149,14 +149,15 @@ class Allocator:
         chosen = self._within_bytes(limit)
         even = self._best_even(limit)
         candidates = [chosen] if even is None or even == chosen else [chosen, even]
-        measured = self._measure(candidates)
-        best = min(range(len(candidates)), key=lambda place: measured[place])
+        divergences = self._measure(candidates)
+        typical, means = typical_divergence(divergences), divergences.mean(axis=1)
+        best = int(typical.argmin())
         if best:
             self._on_line(
-                f"an even setting is better here than rates by sensitivity (KL {measured[1]:.4f} against "
-                f"{measured[0]:.4f} with emulated errors): it is kept"
+                f"an even setting is better here than rates by sensitivity (KL {typical[1]:.4f} against "
+                f"{typical[0]:.4f} with emulated errors): it is kept"
             )
-        return self._allocation(target, candidates[best], measured[best], even=bool(best))
+        return self._allocation(target, candidates[best], float(means[best]), even=bool(best))
 
     def allocate_divergence(self, target: Target, factor: float | None = None) -> Allocation:
         """The smallest size whose KL, ``factor`` times the predicted one, is within a bound.
@@ -171,7 +172,7 @@ class Allocator:
         if factor is None:
             first = self._within_divergence(target, 1.0)
             predicted = self._predicted(first)
-            factor = self._measure([first])[0] / predicted if predicted > 0 else 1.0
+            factor = float(self._measure([first]).mean()) / predicted if predicted > 0 else 1.0
         rates = self._within_divergence(target, factor)
         return self._allocation(target, rates, factor * self._predicted(rates), even=False)
 
@@ -179,12 +180,13 @@ class Allocator:
         """KL per squared error of the code for every unit, measured when first asked for."""
         if self._sensitivities is None:
             error = SQUARED_ERROR[REFERENCE_RATE]
+            encoded = [unit for unit in self._units if unit.rates != (KEEP,)]
             found = self._perturbed("sensitivities").divergences(
-                self._probe, [{unit.name: error} for unit in self._units]
+                self._probe, [{unit.name: error} for unit in encoded]
             )
             shares = balanced(found) / error
-            self._sensitivities = {
-                unit.name: float(share) for unit, share in zip(self._units, shares, strict=True)
+            self._sensitivities = {unit.name: 0.0 for unit in self._units} | {
+                unit.name: float(share) for unit, share in zip(encoded, shares, strict=True)
             }
         return self._sensitivities
 
@@ -197,11 +199,10 @@ class Allocator:
             lambda done, total: self._on_layer(what, done, total),
         )
 
-    def _measure(self, candidates: Sequence[Mapping[str, float]]) -> list[float]:
-        """KL of copies of the model with all errors at once."""
+    def _measure(self, candidates: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
+        """KL of copies of the model with all errors at once: (candidates, windows)."""
         errors = [{name: SQUARED_ERROR[rate] for name, rate in rates.items()} for rates in candidates]
-        found = self._perturbed("all errors at once").divergences(self._probe, errors)
-        return [float(kl) for kl in found.mean(axis=1)]
+        return self._perturbed("all errors at once").divergences(self._probe, errors)
 
     def _predicted(self, rates: Mapping[str, float]) -> float:
         sensitivities = self.sensitivities()
@@ -262,25 +263,6 @@ class Allocator:
         factor = measured / predicted if predicted > 0 else 1.0
         recipe = with_rates(self._recipe, self._units, rates)
         return Allocation(recipe, target, measured, rates, self.sensitivities(), even, factor)
-
-
-def balanced(divergences: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What every unit costs, with all windows counting the same.
-
-    Text that the model knows little of loses ten times as much as other text, and in a plain mean a few such
-    windows would decide. Here each window says how its own divergence divides among the units.
-
-    Args:
-        divergences: (units, windows) nats.
-
-    Returns:
-        (units,) nats; their sum is the sum of the plain means.
-    """
-    positive = divergences.clip(min=0.0)
-    totals = positive.sum(axis=0)  # (windows,)
-    shares = (positive / np.where(totals > 0, totals, 1.0)).sum(axis=1)
-    result: NDArray[np.float64] = shares * (totals.mean() / max(shares.sum(), np.finfo(np.float64).tiny))
-    return result
 
 
 def _nearest(unit: Unit, rate: float) -> float:

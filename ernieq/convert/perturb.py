@@ -8,7 +8,7 @@ paid for by the layers behind it alone. Differences are kept in bfloat16: its ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from math import sqrt
 
@@ -32,7 +32,7 @@ from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, Rotary
 
 _DIFFERENCE_DTYPE = torch.bfloat16
-_CHUNK_TOKENS = 256  # of logits
+_CHUNK_TOKENS = 256  # whose logits are there at a time
 
 # One copy of the model: unit name -> mean squared error per unit variance of its code.
 Perturbation = Mapping[str, float]
@@ -43,7 +43,7 @@ class _Copy:
     """A perturbed copy: its errors, and how far its hidden states are from the model's."""
 
     errors: Perturbation
-    difference: Tensor | None = field(default=None)  # (windows, length, hidden), in the processor's memory
+    difference: Tensor | None = None  # (windows, length, hidden), in the processor's memory
 
     def touches(self, units: Sequence[Unit]) -> list[Unit]:
         return [unit for unit in units if self.errors.get(unit.name, 0.0) > 0]
@@ -96,7 +96,7 @@ class Perturbed:
         """Hidden states before the first layer: of the scored tokens, and streams of the seen ones."""
         table = load_embedding(self._checkpoint).weight.data
         base = nn.functional.embedding(probe.scored, table)
-        if touched := self._touching(copies, None, EMBEDDING):
+        if touched := self._touching(copies, EMBEDDING):
             error = self._outer_error(EMBEDDING, table, None)
             looked_up = nn.functional.embedding(probe.scored, error)
             for copy, squared in touched:
@@ -168,9 +168,9 @@ class Perturbed:
         unit = next(unit for unit in self._units if module in unit.modules)
         return self._errors(None, unit.groups[0], {module: weight}, gram)[module]
 
-    def _touching(self, copies: Sequence[_Copy], layer: int | None, module: str) -> list[tuple[_Copy, float]]:
+    def _touching(self, copies: Sequence[_Copy], module: str) -> list[tuple[_Copy, float]]:
         """Copies with an error in a module outside the layers, and its size."""
-        units = [unit for unit in self._units if unit.layer == layer and module in unit.modules]
+        units = [unit for unit in self._units if module in unit.modules]
         return [(copy, copy.errors[unit.name]) for copy in copies for unit in copy.touches(units)]
 
     def _compare(self, base: Tensor, seen: Streams, copies: Sequence[_Copy]) -> NDArray[np.float64]:
@@ -179,11 +179,12 @@ class Perturbed:
         norm = load_final_norm(self._checkpoint).to(device)
         head = load_head(self._checkpoint).to(device)
         tied = config.tie_word_embeddings
-        touched = self._touching(copies, None, EMBEDDING if tied else HEAD)
+        outer = EMBEDDING if tied else HEAD
+        touched = self._touching(copies, outer)
         error = None
         if touched:
             gram = None if tied else _head_gram(norm, seen)
-            error = self._outer_error(EMBEDDING if tied else HEAD, head.weight.data, gram)
+            error = self._outer_error(outer, head.weight.data, gram)
         sizes = {id(copy): sqrt(squared) for copy, squared in touched}
         windows, length, _ = base.shape
         sums = np.zeros((len(copies), windows))

@@ -11,9 +11,8 @@ import torch
 
 from ernieq.calibrate import CalibrationSample, read_text_file
 from ernieq.checkpoint import open_checkpoint
-from ernieq.convert import Allocator, Goal, Part, Recipe, Target, Workplace, draw_sample, make_plan
-from ernieq.convert.allocation import balanced
-from ernieq.convert.probe import probe_of
+from ernieq.convert import KEEP, Allocator, Goal, Part, Recipe, Target, Workplace, draw_sample, make_plan
+from ernieq.convert.probe import balanced, probe_of, typical_divergence
 from ernieq.encode import SQUARED_ERROR
 from ernieq.errors import UsageError
 from tests.convert.conversions import quick_recipe, write_words
@@ -102,7 +101,7 @@ def test_an_even_setting_is_kept_where_it_was_measured_to_be_better(
     chosen = found.allocate(target)
     assert not chosen.even
     assert not lines
-    monkeypatch.setattr(Allocator, "_measure", lambda _self, candidates: [0.2, 0.1][: len(candidates)])
+    monkeypatch.setattr(Allocator, "_measure", lambda _self, candidates: np.array([[0.2], [0.1]]))
     even = found.allocate(target)
     assert even.even
     assert even.predicted_kl == 0.1
@@ -134,3 +133,18 @@ def test_a_window_that_loses_ten_times_as_much_does_not_decide_alone() -> None:
     assert balanced(even) == pytest.approx([0.02, 0.02])
     assert balanced(even * [[10, 1]]) == pytest.approx([0.11, 0.11])
     assert balanced(np.array([[0.2, -1e-9], [0.1, 0.0]])).sum() == pytest.approx(0.15)
+
+
+def test_a_kept_part_is_not_measured_and_may_have_any_shape(tiny: Tiny) -> None:
+    source = tiny(moe=False, intermediate=40)
+    recipe = quick_recipe(parts={Part.DENSE_MLP: KEEP}, windows=8)
+    found = allocator(source, Goal.FILE, recipe, [Part.DENSE_MLP])
+    allocation = found.allocate(Target(Goal.FILE, found.lightest.output_bytes + 3_000))
+    kept = {name for name, bits in allocation.rates.items() if ".mlp." in name and bits == KEEP}
+    assert len(kept) == 6
+    assert {allocation.sensitivities[name] for name in kept} == {0.0}
+    assert allocation.predicted_kl > 0
+
+
+def test_the_typical_divergence_is_not_that_of_the_worst_window() -> None:
+    assert typical_divergence(np.array([[0.1, 0.4], [0.09, 1.0]])) == pytest.approx([0.2, 0.3])
