@@ -15,10 +15,12 @@ from rich.table import Table
 from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, resolve_source
 from ernieq.calibrate import TextFile
 from ernieq.checkpoint import open_checkpoint
+from ernieq.cli.allocating import allocate, convert_in_rounds
+from ernieq.cli.allocation_options import chosen_target, print_allocation, target_options
 from ernieq.cli.calibrate import read_texts
 from ernieq.cli.conversion_device import settle_conversion
+from ernieq.cli.conversion_run import ConversionRun
 from ernieq.cli.shared import (
-    ProgressReport,
     backend_option,
     device_option,
     json_option,
@@ -31,13 +33,13 @@ from ernieq.cli.shared import (
 )
 from ernieq.convert import (
     BITS_ALLOWED,
-    Conversion,
+    PRESETS,
+    Allocation,
     ConversionReport,
     HessianDirectory,
-    LayerReport,
-    Listener,
     Part,
     Plan,
+    PresetName,
     Recipe,
     TuningReport,
     apply_overrides,
@@ -45,13 +47,13 @@ from ernieq.convert import (
     default_recipe,
     estimate_seconds,
     read_recipe,
+    stated_parts,
 )
 from ernieq.encode import EncodeOptions
 from ernieq.errors import UsageError
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.viterbi import SHORT_FIRST_PASS
 from ernieq.records import format_bytes, format_seconds
-from ernieq.report import model_card
 
 _PART_OPTIONS = {
     "attention_bits": Part.ATTENTION,
@@ -76,7 +78,15 @@ def _part_options(function: Any) -> Any:
 @click.option("--bits", type=float, help="Bits of the routed experts: 1.5 to 6 in halves.  [default: 2]")
 @click.option("--out", type=click.Path(path_type=Path), help="Directory to write.  [default: ./NAME-Nbit]")
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe.toml with other bits.")
+@target_options
 @_part_options
+@click.option(
+    "--preset",
+    type=click.Choice([name.value for name in PresetName]),
+    default=PresetName.BALANCED.value,
+    show_default=True,
+    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts.",
+)
 @click.option(
     "--text",
     "texts",
@@ -138,44 +148,59 @@ def command(
       ernieq quantize --bits 2
       ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
       ernieq quantize ./my-model --bits 2.5 --attention-bits 5 --dry-run
+      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --target-size 6GB
+      ernieq quantize --max-kl 0.1
     """
     torch.set_num_threads(threads)
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
+    target = chosen_target(settings, bits, hessians)
     recipe = _recipe(bits, recipe_file, settings)
     with progress_report(f"opening {name}", unit="weights") as progress:
         checkpoint = open_checkpoint(resolve_source(name), revision=revision)
-        out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{recipe.bits}bit")
+        label = f"{recipe.bits:g}bit" if target is None else target.label
+        out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{label}")
         options = EncodeOptions(backend=backend, threads=threads)
-        listener = _listener(progress, checkpoint.config.num_hidden_layers)
         calibration = _calibration(texts, hessians, settings)
         device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
-        conversion = Conversion(
-            checkpoint, name, recipe, calibration, options, listener, device=device, vram_bytes=vram_bytes
+        run = ConversionRun(
+            checkpoint, name, out, overwrite, calibration, options, device, vram_bytes, progress
         )
-        if dry_run:
-            check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
-            _print_plan(
-                conversion.plan,
-                estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device),
-                out,
-                as_json=as_json,
-            )
-            return
-        progress.update("encoding", 0, conversion.plan.encoded_weights)
         started = time.monotonic()
-        report = conversion.run(out, overwrite=overwrite, card=lambda report: _card(name, out, recipe, report))
+        allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
+        allocation = allocated.allocation if allocated else None
+        if dry_run:
+            plan = run.conversion(recipe, allocation).plan
+            check_output(checkpoint, out, plan, overwrite=overwrite)
+            seconds = estimate_seconds(checkpoint.config, plan, recipe, options, device)
+            _print_plan(plan, seconds, out, allocation, as_json=as_json)
+            return
+        kl: float | None = None
+        if allocated and allocated.held_out is not None:
+            report, kl = convert_in_rounds(run, allocated)
+        else:
+            report = run.convert(recipe, allocation)
         seconds = time.monotonic() - started
         if report.tuning is not None:
             progress.line(_tuning_sentence(report.tuning))
         elif report.untuned:
             progress.line(f"not tuned: {report.untuned}")
-    _print_result(report, out, seconds, as_json=as_json)
+    _print_result(run, report, seconds, kl, as_json=as_json)
     checkpoint.close()
 
 
+def _pinned(recipe_file: Path | None, settings: dict[str, Any]) -> list[Part]:
+    """Parts whose bits the user gave, in options or in the recipe file: no target changes them."""
+    stated = stated_parts(recipe_file) if recipe_file else []
+    return [*stated, *(part for key, part in _PART_OPTIONS.items() if settings[key] is not None)]
+
+
 def _recipe(bits: float | None, recipe_file: Path | None, settings: dict[str, Any]) -> Recipe:
-    """Defaults, then the file, then the options."""
-    recipe = read_recipe(recipe_file, bits) if recipe_file else default_recipe(2 if bits is None else bits)
+    """Defaults, then the preset, then the file, then the options."""
+    preset = PRESETS[PresetName(settings["preset"])].settings()
+    if recipe_file:
+        recipe = read_recipe(recipe_file, bits, preset)
+    else:
+        recipe = apply_overrides(default_recipe(2 if bits is None else bits), preset, "preset")
     if bits is not None:
         recipe = dataclasses.replace(recipe, parts={**recipe.parts, Part.ROUTED_EXPERTS: recipe.bits})
     parts = {str(part): settings[key] for key, part in _PART_OPTIONS.items() if settings[key] is not None}
@@ -210,22 +235,6 @@ def _calibration(
     return HessianDirectory(hessians)
 
 
-def _listener(progress: ProgressReport, layers: int) -> Listener:
-    def on_layer(report: LayerReport) -> None:
-        errors = list(report.errors.values())
-        mean = sum(errors) / len(errors) if errors else 0.0
-        line = f"layer {report.index + 1}/{layers}: weight error {mean:.4f}, "
-        line += f"output error {report.output_error:.4f}"
-        if report.expert_tokens:
-            line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
-        progress.line(line)
-
-    def on_tuning_step(done: int, steps: int) -> None:
-        progress.describe(f"tuning: step {done} of {steps}")
-
-    return Listener(progress.describe, progress.advance, on_layer, on_tuning_step)
-
-
 def _tuning_sentence(report: TuningReport) -> str:
     found = f"held-out divergence {report.before:.4f}"
     if not report.gained:
@@ -233,20 +242,11 @@ def _tuning_sentence(report: TuningReport) -> str:
     return f"tuning: {found} -> {report.after:.4f} in {report.steps} steps"
 
 
-def _card(name: str, out: Path, recipe: Recipe, report: ConversionReport) -> str:
-    return model_card(
-        name=out.name,
-        base=name,
-        recipe=recipe.to_dict(),
-        parts=[dataclasses.asdict(part) for part in report.plan.parts],
-        output_bytes=report.plan.output_bytes,
-        bits_per_weight=report.plan.bits_per_weight,
-    )
-
-
-def _print_plan(plan: Plan, seconds: float, out: Path, *, as_json: bool) -> None:
+def _print_plan(plan: Plan, seconds: float, out: Path, allocation: Allocation | None, *, as_json: bool) -> None:
     if as_json:
         facts = dataclasses.asdict(plan) | {"out": str(out), "seconds": seconds}
+        if allocation is not None:
+            facts["allocation"] = allocation.to_json()
         print_json(facts | {"parameters": plan.parameters, "bits_per_weight": plan.bits_per_weight})
         return
     table = Table(title=f"Plan for {out}")
@@ -259,29 +259,32 @@ def _print_plan(plan: Plan, seconds: float, out: Path, *, as_json: bool) -> None
     )
     console = Console()
     console.print(table)
+    if allocation is not None:
+        print_allocation(allocation)
     console.print(
         f"memory about {format_bytes(plan.memory_bytes)}, disk {format_bytes(plan.output_bytes)}, "
         f"time about {format_seconds(seconds)}"
     )
 
 
-def _print_result(report: ConversionReport, out: Path, seconds: float, *, as_json: bool) -> None:
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+def _print_result(
+    run: ConversionRun, report: ConversionReport, seconds: float, kl: float | None, *, as_json: bool
+) -> None:
+    size = run.file_bytes()
     if as_json:
-        print_json(
-            {
-                "out": str(out),
-                "bytes": size,
-                "bits_per_weight": 8 * size / report.plan.parameters,
-                "seconds": seconds,
-                "calibration_tokens": report.calibration.tokens,
-                "layers": [dataclasses.asdict(layer) for layer in report.layers],
-                "tuning": None if report.tuning is None else dataclasses.asdict(report.tuning),
-                "untuned": report.untuned,
-            }
-        )
+        facts = {
+            "out": str(run.out),
+            "bytes": size,
+            "bits_per_weight": 8 * size / report.plan.parameters,
+            "seconds": seconds,
+            "calibration_tokens": report.calibration.tokens,
+            "layers": [dataclasses.asdict(layer) for layer in report.layers],
+            "tuning": None if report.tuning is None else dataclasses.asdict(report.tuning),
+            "untuned": report.untuned,
+        }
+        print_json(facts if kl is None else facts | {"kl": kl})
         return
     click.echo(
-        f"wrote {out}: {format_bytes(size)}, {8 * size / report.plan.parameters:.2f} bits per weight over all "
-        f"parameters, in {format_seconds(seconds)}"
+        f"wrote {run.out}: {format_bytes(size)}, {8 * size / report.plan.parameters:.2f} bits per weight "
+        f"over all parameters, in {format_seconds(seconds)}"
     )

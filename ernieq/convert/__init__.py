@@ -1,5 +1,6 @@
 """Conversions: the recipe, the plan, the job that quantizes a checkpoint, and the export of one."""
 
+from ernieq.convert.allocation import Allocation, Allocator
 from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
@@ -8,6 +9,7 @@ from ernieq.convert.job import Conversion, check_output
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.plan import PartPlan, Plan, make_plan
+from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (
     BITS_ALLOWED,
     KEEP,
@@ -19,18 +21,24 @@ from ernieq.convert.recipe import (
     apply_overrides,
     default_recipe,
     read_recipe,
+    stated_parts,
 )
 from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
 from ernieq.convert.workplace import Workplace
 
 __all__ = [
     "BITS_ALLOWED",
     "KEEP",
+    "PRESETS",
+    "Allocation",
+    "Allocator",
     "CalibrationSettings",
     "Conversion",
     "ConversionReport",
     "EncodeSettings",
+    "Goal",
     "HessianDirectory",
     "LayerQuantizer",
     "LayerReport",
@@ -38,7 +46,10 @@ __all__ = [
     "Part",
     "PartPlan",
     "Plan",
+    "Preset",
+    "PresetName",
     "Recipe",
+    "Target",
     "TuneSettings",
     "Tuned",
     "TuningReport",
@@ -51,6 +62,8 @@ __all__ = [
     "draw_sample",
     "estimate_seconds",
     "make_plan",
+    "parse_bytes",
     "read_recipe",
+    "stated_parts",
     "tune_model",
 ]

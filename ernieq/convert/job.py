@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ class Conversion:
         listener: told what happens.
         device: the CPU, or the GPU that is to do the work.
         vram_bytes: GPU memory that may be used; 90 % of what is free by default.
+        allocation: how the bits were chosen, for the manifest; None if the user did.
 
     Raises:
         CheckpointError, RecipeError: the plan can't be made.
@@ -90,7 +92,9 @@ class Conversion:
         listener: Listener | None = None,
         device: torch.device = CPU,
         vram_bytes: int | None = None,
+        allocation: Mapping[str, Any] | None = None,
     ) -> None:
+        self._allocation = {} if allocation is None else {"allocation": dict(allocation)}
         self._checkpoint = checkpoint
         self._source_name = source_name
         self._recipe = recipe
@@ -334,5 +338,5 @@ class Conversion:
             seed=self._recipe.seed,
             calibration=report.calibration,
             coverage=self._coverage,
-            report=report.to_json(self._workplace, seconds),
+            report=report.to_json(self._workplace, seconds) | self._allocation,
         )

@@ -10,6 +10,7 @@ from ernieq.calibrate import stream_dtype
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.distill import LOGIT_ROWS, TOKENS_AT_ONCE
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.sizes import header_bytes, packed_bytes, packed_header_bytes, shard_overhead
 from ernieq.convert.tune import LARGEST_ON_CPU
 from ernieq.errors import RecipeError, ShapeError
 from ernieq.model import ModelConfig, ParameterRole, expected_parameters
@@ -23,8 +24,8 @@ PARTS = {
     ParameterRole.EMBEDDING: Part.EMBEDDING,
     ParameterRole.HEAD: Part.HEAD,
 }
-_HEADER_BYTES_PER_TENSOR = 150
 _FLOAT32 = 4
+_DECODER = "model.layers."
 _PROGRAM_BYTES = 600_000_000
 
 
@@ -45,7 +46,8 @@ class Plan:
     Args:
         modules: bits of every module that is quantized.
         parts: totals per part; what is kept or carried comes last.
-        output_bytes: size of the packed checkpoint.
+        output_bytes: size of the packed checkpoint; an upper bound, a few bytes a tensor above it.
+        decoder_bytes: of these, the tensors of the decoder layers, without headers: exact.
         memory_bytes: estimate of the peak of resident memory, the program itself included.
         module_weights: weights of every module that is quantized.
     """
@@ -53,6 +55,7 @@ class Plan:
     modules: dict[str, float]
     parts: tuple[PartPlan, ...]
     output_bytes: int
+    decoder_bytes: int
     memory_bytes: int
     module_weights: dict[str, int]
 
@@ -85,6 +88,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     totals: dict[str, list[int]] = {str(part): [0, 0, 0] for part in PARTS.values()} | {"kept": [0, 0, 0]}
     quantizable: set[str] = set()
     expected = expected_parameters(checkpoint.config)
+    decoder, source = 0, source_bytes(checkpoint)
     for name in checkpoint.names():
         info = checkpoint.info(name)
         parameters = prod(info.shape)
@@ -98,14 +102,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         row[0] += parameters
         if bits == KEEP:
             row[1] += 8 * info.nbytes
-            row[2] += info.nbytes + _HEADER_BYTES_PER_TENSOR
+            row[2] += info.nbytes + header_bytes(name, info.shape, source)
+            decoder += info.nbytes if name.startswith(_DECODER) else 0
             continue
         _check_sides(name, info.shape)
         modules[module] = bits
-        ring_bits = int(parameters * bits)  # exact: whole tiles, whole half bits
-        row[1] += ring_bits
-        rows, columns = info.shape
-        row[2] += ring_bits // 8 + 2 * rows + columns // 8 + 3 * _HEADER_BYTES_PER_TENSOR
+        row[1] += int(parameters * bits)  # exact: whole tiles, whole half bits
+        data = packed_bytes(info.shape, bits)
+        row[2] += data + packed_header_bytes(module, info.shape, source)
+        decoder += data if name.startswith(_DECODER) else 0
     _check_patterns(recipe, quantizable)
     if not modules:
         raise RecipeError("the recipe keeps every tensor: there is nothing to quantize")
@@ -113,12 +118,17 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         PartPlan(name, count, bits / count, size) for name, (count, bits, size) in totals.items() if count
     )
     weights = {module: prod(checkpoint.info(f"{module}.weight").shape) for module in modules}
-    total = sum(part.bytes for part in parts)
+    total = sum(part.bytes for part in parts) + shard_overhead(source)
     memory = _memory(checkpoint.config, recipe)
     parameters = sum(part.parameters for part in parts)
     if recipe.tune.enabled and parameters <= LARGEST_ON_CPU:
         memory = max(memory, _tuning_memory(checkpoint.config, recipe, parameters))
-    return Plan(modules, parts, total, memory, weights)
+    return Plan(modules, parts, total, decoder, memory, weights)
+
+
+def source_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors of the source."""
+    return sum(checkpoint.info(name).nbytes for name in checkpoint.names())
 
 
 def _memory(config: ModelConfig, recipe: Recipe) -> int:

@@ -176,20 +176,29 @@ def default_recipe(bits: float) -> Recipe:
     return Recipe(parts[Part.ROUTED_EXPERTS], dict(parts))
 
 
-def read_recipe(path: Path, bits: float | None) -> Recipe:
-    """Read a ``recipe.toml`` over the defaults for ``bits`` (or for its own ``bits`` key).
+def read_recipe(path: Path, bits: float | None, preset: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a ``recipe.toml`` over the defaults for ``bits`` (or for its own ``bits`` key) and a preset.
 
     Raises:
         RecipeError: the file can't be read, is not TOML, or has a key or value that means nothing.
     """
+    raw = _read_toml(path)
+    recipe = default_recipe(bits if bits is not None else raw.get("bits", 2))
+    return apply_overrides(apply_overrides(recipe, preset or {}, "preset"), raw, str(path))
+
+
+def stated_parts(path: Path) -> list[Part]:
+    """The parts whose bits a ``recipe.toml`` states; raises as ``read_recipe``, which is to be called first."""
+    return [Part(name) for name in _read_toml(path).get("parts", {})]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
-    recipe = default_recipe(bits if bits is not None else raw.get("bits", 2))
-    return apply_overrides(recipe, raw, str(path))
 
 
 def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Recipe:

@@ -1,0 +1,105 @@
+"""The conversions of one ``ernieq quantize``: all of them from one source to one output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ernieq.calibrate import TextFile
+from ernieq.checkpoint import Checkpoint
+from ernieq.cli.shared import ProgressReport
+from ernieq.convert import (
+    Allocation,
+    Conversion,
+    ConversionReport,
+    HessianDirectory,
+    LayerReport,
+    Listener,
+    Recipe,
+)
+from ernieq.encode import EncodeOptions
+from ernieq.report import model_card
+
+
+@dataclass(frozen=True)
+class ConversionRun:
+    """Everything that a conversion needs but its recipe.
+
+    Args:
+        checkpoint: the source.
+        name: how the user named it.
+        out: directory to write.
+        overwrite: whether an output of an earlier command may be replaced.
+        calibration: texts, or Hessians that were collected before.
+        options: how matrices are encoded.
+        device: the CPU, or a GPU.
+        vram_bytes: GPU memory that may be used.
+        progress: where the user is told.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    out: Path
+    overwrite: bool
+    calibration: Sequence[TextFile] | HessianDirectory
+    options: EncodeOptions
+    device: torch.device
+    vram_bytes: int | None
+    progress: ProgressReport
+
+    def conversion(self, recipe: Recipe, allocation: Allocation | None = None) -> Conversion:
+        """A conversion by a recipe, or by the one of an allocation, which the manifest then tells of."""
+        return Conversion(
+            self.checkpoint,
+            self.name,
+            recipe if allocation is None else allocation.recipe,
+            self.calibration,
+            self.options,
+            self._listener(),
+            device=self.device,
+            vram_bytes=self.vram_bytes,
+            allocation=None if allocation is None else allocation.to_json(),
+        )
+
+    def convert(
+        self, recipe: Recipe, allocation: Allocation | None = None, *, again: bool = False
+    ) -> ConversionReport:
+        """Convert; ``again`` replaces what this command itself has written before."""
+        conversion = self.conversion(recipe, allocation)
+        self.progress.update("encoding", 0, conversion.plan.encoded_weights)
+        used = recipe if allocation is None else allocation.recipe
+        return conversion.run(
+            self.out, overwrite=self.overwrite or again, card=lambda report: self._card(used, report)
+        )
+
+    def file_bytes(self) -> int:
+        """Bytes of all shards of the output."""
+        return sum(path.stat().st_size for path in self.out.glob("*.safetensors"))
+
+    def _card(self, recipe: Recipe, report: ConversionReport) -> str:
+        return model_card(
+            name=self.out.name,
+            base=self.name,
+            recipe=recipe.to_dict(),
+            parts=[dataclasses.asdict(part) for part in report.plan.parts],
+            output_bytes=report.plan.output_bytes,
+            bits_per_weight=report.plan.bits_per_weight,
+        )
+
+    def _listener(self) -> Listener:
+        layers = self.checkpoint.config.num_hidden_layers
+
+        def on_layer(report: LayerReport) -> None:
+            errors = list(report.errors.values())
+            mean = sum(errors) / len(errors) if errors else 0.0
+            line = f"layer {report.index + 1}/{layers}: weight error {mean:.4f}, "
+            line += f"output error {report.output_error:.4f}"
+            if report.expert_tokens:
+                line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
+            self.progress.line(line)
+
+        return Listener(on_phase=self.progress.describe, on_weights=self.progress.advance, on_layer=on_layer)
