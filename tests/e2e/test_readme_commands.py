@@ -38,6 +38,8 @@ def prepared(arguments: list[str], place: Path) -> list[str]:
     extra = list(_QUICK.get(arguments[0], []))
     if "--hessians" in arguments:
         extra = extra[:2]  # the sample was drawn when they were collected
+    if "--tune" in arguments:
+        extra += ["--tune-steps", "1"]
     if arguments[0] not in ("inspect", "verify"):
         extra += ["--threads", str(THREADS)]
     if HUB_ID in arguments:
@@ -71,9 +73,11 @@ def test_every_command_of_the_readme_runs_in_its_order(tmp_path: Path) -> None:
     assert made == {
         "hub",
         "ernie-21b-2bit",
+        "ernie-21b-6gb",
         "ernieq-nano-2bit",
         "ernieq-nano-2bit-decoded",
         "ernieq-nano-3bit",
+        "ernieq-nano-close",
         "ernieq-nano-hessians",
     }
 
