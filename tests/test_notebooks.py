@@ -46,9 +46,10 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def copied(path: Path, project: Path) -> Path:
-    """A copy of a notebook in a project that has nothing but it and an empty folder of results."""
+    """A copy of a notebook in a project with nothing but others' points and an empty folder of results."""
     (project / "notebooks").mkdir(parents=True)
     (project / "benchmarks" / "results").mkdir(parents=True)
+    shutil.copy(RESULTS.parent / "peers.json", project / "benchmarks")
     return Path(shutil.copy(path, project / "notebooks"))
 
 
@@ -158,3 +159,22 @@ def test_results_that_are_there_are_printed_with_their_figures(tmp_path: Path, k
     printed = executed(copy, kernel, before="Conversion(")
     assert "mini_quality: 1 rows" in printed
     assert "KL 0.1234   perplexity x 1.057   top-1 0.789   decoder 12.3 MB   file 22.0 MB" in printed
+
+
+def test_a_curve_that_is_there_is_drawn_and_told_as_shares_of_the_others(tmp_path: Path, kernel: str) -> None:
+    copy = copied(NOTEBOOKS[2], tmp_path / "project")
+    figures = {"kl": 0.1234, "kl_noise": 0.0001, "ratio": 1.0567, "top1": 0.789, "preset": "best"}
+    row = {**figures, "model": "ernieq-mini", "decoder_bytes": 12_300_000, "file_bytes": 22_000_000}
+    points = [("sweep", "2.25", {}), ("EXL3", "2.0 -hq", {"share_of_peer": 0.75})]
+    points.append(("llama.cpp", "Q2_K", {"share_of_peer": 0.456}))
+    rows = [
+        {**row, **share, "tool": tool, "setting": setting, "text": text}
+        for tool, setting, share in points
+        for text in ("wikitext2", "english_books")
+    ]
+    results = copy.parent.parent / "benchmarks" / "results"
+    (results / "mini_curve.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    printed = " ".join(executed(copy, kernel, before="Conversion(").split())
+    assert "best 2.25 english_books KL 0.1234 perplexity x 1.057 top-1 0.789" in printed
+    assert "EXL3 2.0 -hq best wikitext2 0.75 english_books 0.75" in printed
+    assert "llama.cpp Q2_K best wikitext2 0.46 english_books 0.46" in printed
