@@ -17,12 +17,12 @@ from ernieq.records import format_bits, format_significant
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SIZES = {
-    "target_size": (Goal.FILE, "Size of the whole model file, such as 6GB; bits are chosen by measurement."),
-    "target_decoder_size": (Goal.DECODER, "Size of everything but embedding and head, such as 13.7MB."),
+    "target_size": (Goal.FILE, "Target: at most this much in all weight files, such as 6GB."),
+    "target_decoder_size": (Goal.DECODER, "Target: so much without embedding and head, such as 13.7MB."),
 }
 _NUMBERS = {
-    "target_bpw": (Goal.BITS_PER_PARAMETER, "Bits per parameter over the whole file, such as 2.25."),
-    "max_kl": (Goal.DIVERGENCE, "The smallest file whose KL from the bf16 model is at most this, such as 0.1."),
+    "target_bpw": (Goal.BITS_PER_PARAMETER, "Target: so many bits per parameter, all counted, such as 2.25."),
+    "max_kl": (Goal.DIVERGENCE, "Target: the smallest file within this KL from the source, such as 0.1."),
 }
 
 

@@ -32,7 +32,6 @@ from ernieq.cli.shared import (
     vram_option,
 )
 from ernieq.convert import (
-    BITS_ALLOWED,
     PRESETS,
     Allocation,
     ConversionReport,
@@ -67,17 +66,28 @@ _PART_OPTIONS = {
 def _part_options(function: Any) -> Any:
     for name, part in reversed(_PART_OPTIONS.items()):
         flag = "--" + name.replace("_", "-")
-        function = click.option(flag, type=float, help=f"Bits of {part.replace('_', ' ')}: {BITS_ALLOWED}.")(
-            function
-        )
+        words = f"Bits of {part.replace('_', ' ').replace('mlp', 'MLP')}.  [default: as --bits calls for]"
+        function = click.option(flag, type=float, metavar="BITS", help=words)(function)
     return function
 
 
 @click.command(name="quantize")
 @click.argument("model", required=False)
-@click.option("--bits", type=float, help="Bits of the routed experts: 1.5 to 6 in halves.  [default: 2]")
-@click.option("--out", type=click.Path(path_type=Path), help="Directory to write.  [default: ./NAME-Nbit]")
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A recipe.toml with other bits.")
+@click.option(
+    "--bits",
+    type=float,
+    metavar="BITS",
+    help="Bits of the routed experts, which are most of the model: 1.5 to 6 in halves.  [default: 2]",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Directory to write.  [default: ./NAME-2bit or such]"
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    help="A TOML file: bits of parts and of single modules, and settings that have no option.",
+)
 @target_options
 @_part_options
 @click.option(
@@ -99,15 +109,19 @@ def _part_options(function: Any) -> Any:
     type=click.Path(path_type=Path),
     help="Use the output of ernieq calibrate in place of texts: quicker, but errors are not corrected.",
 )
-@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.")
-@click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.")
+@click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.  [default: the preset's]")
+@click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.  [default: 2048]")
 @click.option(
     "--state-bits",
     type=int,
-    help="Length of the code's state: 16, or 12 to 14 for a quick try (at least twice the bits of every part).",
+    metavar="NUMBER",
+    help="Length of the code's state; 12 to 14 are for a quick try (at least twice the bits of every part).  "
+    "[default: 16]",
 )
 @click.option(
-    "--fast", is_flag=True, help="Shorten the first search pass: a quarter less search time, 1.5 % more error."
+    "--fast",
+    is_flag=True,
+    help="The short search of --preset fast, and nothing else of it: a quarter less time, 1.5 % more error.",
 )
 @click.option(
     "--tune/--no-tune",
@@ -143,13 +157,19 @@ def command(
 ) -> None:
     """Quantize MODEL: a directory, a hub id, or the small bundled model if none is named.
 
+    Say --bits, or one target: --target-size, --target-decoder-size, --target-bpw or --max-kl. For a target the
+    model is measured first, and every part of every layer gets the bits that its errors call for; parts whose
+    bits you state keep them.
+
+    Bits of a part can be 1.5 to 6 in halves, 7, 8, or 16 to keep the numbers of the source.
+
     \b
     Examples:
       ernieq quantize --bits 2
-      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --bits 2 --out ernie-21b-2bit
-      ernieq quantize ./my-model --bits 2.5 --attention-bits 5 --dry-run
-      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --target-size 6GB
-      ernieq quantize --max-kl 0.1
+      ernieq quantize --bits 2.5 --attention-bits 5 --dry-run
+      ernieq quantize baidu/ERNIE-4.5-21B-A3B-Base-PT --target-size 6GB --out ernie-21b-6gb
+      ernieq quantize ./my-model --max-kl 0.1 --preset fast
+      ernieq quantize ./my-model --bits 2 --tune
     """
     torch.set_num_threads(threads)
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
