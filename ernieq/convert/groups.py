@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,6 @@ class _Job:
     """The matrices of a group that get the same bits."""
 
     weights: Mapping[str, Tensor]
-    part: Part
     bits: float
     signs: str
     gram: Tensor
@@ -120,18 +119,17 @@ class GroupEncoder:
             bits = self._recipe.bits_of(_full_name(layer, name), group.part)
             if bits != KEEP:
                 by_bits.setdefault(bits, {})[name] = weight
-        return [_Job(weights, group.part, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
+        return [_Job(weights, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
 
     def _encode_alike(self, layer: int, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
         first = jobs[0]
         code = TrellisCode(first.bits, self._recipe.encode.state_bits)
         signs = self._signs(layer, first)
-        # Routed experts would gain 1 % of their error by it, and are nearly all of the time: docs/decisions.md.
-        options = replace(self._options, order_blocks=first.part is not Part.ROUTED_EXPERTS)
         if len(jobs) == 1:
-            return [encode_matrices(first.weights, first.gram, signs, code, options, self._on_weights)]
+            alone = encode_matrices(first.weights, first.gram, signs, code, self._options, self._on_weights)
+            return [alone]
         stacks, grams = [job.weights for job in jobs], [job.gram for job in jobs]
-        return encode_batch(stacks, grams, signs, code, options, self._on_weights)
+        return encode_batch(stacks, grams, signs, code, self._options, self._on_weights)
 
     def _signs(self, layer: int, job: _Job) -> NDArray[np.int8]:
         return input_signs(self._recipe.seed, _full_name(layer, job.signs), job.gram.shape[0])

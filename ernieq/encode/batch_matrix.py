@@ -24,12 +24,10 @@ from ernieq.errors import ShapeError
 from ernieq.kernels.precision import float32_products
 from ernieq.trellis import TILE_SIDE, VALUE_UNIT, EncodedMatrix, TrellisCode
 
-# Bytes a weight takes while it is encoded: the target, its rotation and a copy that errors are fed into (4
-# each), symbols (1), values (2), decoded (2), and room for the product that feeds errors back (4).
-_BYTES_PER_WEIGHT = 21
-_BYTES_PER_ORDERED_WEIGHT = (
-    _BYTES_PER_WEIGHT + 4
-)  # with blocks in an order of their own the rotation is there twice
+# Bytes a weight takes while it is encoded: the target, its rotation, that with its blocks in order and a copy that
+# errors are fed into (4 each), symbols (1), values (2), decoded (2), and room for the product that feeds errors
+# back (4).
+_BYTES_PER_WEIGHT = 25
 _BYTES_PER_HESSIAN_ENTRY = 16  # as it came, rotated, its factor, and room for a rotation
 
 
@@ -267,7 +265,7 @@ def _stacked(weights: Mapping[str, Tensor], rows: slice, device: torch.device) -
 def _tiles_that_fit(columns: int, memory_bytes: int) -> int:
     """Rows of tiles, at least 64: with fewer a GPU idles, and they are few bytes."""
     room = memory_bytes - _BYTES_PER_HESSIAN_ENTRY * columns**2
-    return max(64, room // (_BYTES_PER_ORDERED_WEIGHT * columns * TILE_SIDE))
+    return max(64, room // (_BYTES_PER_WEIGHT * columns * TILE_SIDE))
 
 
 def _decoded_dtype(device: torch.device) -> torch.dtype:

@@ -11,42 +11,49 @@ A tile holds sixteen columns that lie side by side, so blocks move as a whole, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ernieq.encode.feedback import damped
 from ernieq.trellis import TILE_SIDE
 
 
-def block_order(hessian: Tensor, damping: float) -> Tensor:
-    """Blocks of 16 columns, the one that is to be rounded last first.
+def block_orders(hessians: Sequence[Tensor], damping: float) -> Tensor:
+    """Blocks of 16 columns, the one that is to be rounded last first, for every Hessian.
 
     Args:
-        hessian: (in_features, in_features), rotated; in_features a multiple of 16.
-        damping: share of the mean diagonal that is added before it is factored.
+        hessians: (in_features, in_features) each, rotated; in_features a multiple of 16.
+        damping: share of the mean diagonal that is added before one is factored.
 
     Returns:
-        (in_features / 16,) int64 on the same device; the natural order if the damped Hessian has no factor.
+        (hessians, in_features / 16) int64 on their device; the natural order where no factor exists.
     """
-    rest = damped(hessian.double(), damping)
-    count = hessian.shape[0] // TILE_SIDE
-    natural = torch.arange(count, device=hessian.device)
-    within = torch.arange(TILE_SIDE, device=hessian.device)
-    taken = torch.zeros(count, dtype=torch.bool, device=hessian.device)
-    failed = torch.zeros((), dtype=torch.bool, device=hessian.device)
-    order = torch.empty_like(natural)
+    many, width = len(hessians), hessians[0].shape[0]
+    count = width // TILE_SIDE
+    rest = torch.empty(many, width, width, dtype=torch.float64, device=hessians[0].device)
+    for own, hessian in zip(rest, hessians, strict=True):
+        own.copy_(hessian)
+        mean = own.diagonal().mean()
+        own.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    natural = torch.arange(count, device=rest.device)
+    within = torch.arange(TILE_SIDE, device=rest.device)
+    taken = torch.zeros(many, count, dtype=torch.bool, device=rest.device)
+    failed = torch.zeros(many, dtype=torch.bool, device=rest.device)
+    order = torch.empty(many, count, dtype=torch.int64, device=rest.device)
     for place in range(count):  # no wait for the device in here
-        variance = rest.diagonal().reshape(count, TILE_SIDE).sum(dim=1)
-        block = torch.where(taken, torch.inf, variance).argmin()
-        order[place] = block
-        taken |= natural == block
-        panel = rest.index_select(1, block * TILE_SIDE + within)  # (in_features, 16)
-        pivot = panel.index_select(0, block * TILE_SIDE + within)
+        variance = rest.diagonal(dim1=1, dim2=2).reshape(many, count, TILE_SIDE).sum(dim=2)
+        block = torch.where(taken, torch.inf, variance).argmin(dim=1)  # (H,)
+        order[:, place] = block
+        taken |= natural == block[:, None]
+        columns = block[:, None] * TILE_SIDE + within  # (H, 16)
+        panel = rest.gather(2, columns[:, None, :].expand(-1, width, -1))  # (H, in, 16)
+        pivot = panel.gather(1, columns[:, :, None].expand(-1, -1, TILE_SIDE))
         cholesky, info = torch.linalg.cholesky_ex(pivot)
         failed |= info != 0
-        explained = torch.linalg.solve_triangular(cholesky, panel.T, upper=False)  # (16, in_features)
-        rest.addmm_(explained.T, explained, alpha=-1.0)
-    return torch.where(failed, natural, order)
+        explained = torch.linalg.solve_triangular(cholesky, panel.mT, upper=False)  # (H, 16, in)
+        rest.baddbmm_(explained.mT, explained, alpha=-1.0)
+    return torch.where(failed[:, None], natural, order)
 
 
 def columns_of(order: Tensor) -> Tensor:

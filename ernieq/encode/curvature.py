@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ernieq.encode.batch_feedback import block_ldl_factors
-from ernieq.encode.block_order import block_order, columns_of
+from ernieq.encode.block_order import block_orders, columns_of
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.options import EncodeOptions
 from ernieq.errors import NonFiniteError
@@ -66,12 +66,12 @@ class Curvature:
         rotated = [basis.rotated_hessian(hessian) for hessian in hessians]
         if not options.order_blocks:
             return cls(rotated, block_ldl_factors(rotated, options.damping), None)
-        orders = [block_order(hessian, options.damping) for hessian in rotated]
+        orders = block_orders(rotated, options.damping)
         ordered = [
             hessian[columns][:, columns]
             for hessian, columns in zip(rotated, map(columns_of, orders), strict=True)
         ]
-        return cls(rotated, block_ldl_factors(ordered, options.damping), torch.stack(orders))
+        return cls(rotated, block_ldl_factors(ordered, options.damping), orders)
 
     def ordered(self, weights: Tensor) -> Tensor:
         """(B, rows, in_features) with the blocks of columns as LDLQ is to meet them."""

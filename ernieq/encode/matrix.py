@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ernieq.encode.batch_matrix import check_shapes, cut_apart, encode_in_pieces
-from ernieq.encode.block_order import block_order, columns_of
+from ernieq.encode.block_order import block_orders, columns_of
 from ernieq.encode.curvature import check_finite
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
@@ -57,7 +57,7 @@ def encode_matrices(
     rotated = rotate(stacked, sign_tensor, block)
     rotated_hessian = symmetric(rotate_hessian(hessian.float(), sign_tensor, block))
     scale = initial_scale(rotated, code.bits_per_weight)
-    order = block_order(rotated_hessian, options.damping) if options.order_blocks else None
+    order = block_orders([rotated_hessian], options.damping)[0] if options.order_blocks else None
     columns = slice(None) if order is None else columns_of(order)
     symbols, normalised = encode_ldlq(
         rotated[:, columns],

@@ -30,7 +30,7 @@ class EncodeOptions:
 
     damping: float = 0.01
     first_pass_steps: int = FULL_FIRST_PASS
-    order_blocks: bool = False
+    order_blocks: bool = True
     backend: Backend = Backend.AUTO
     threads: int | None = None
     memory_bytes: int | None = None
