@@ -24,9 +24,9 @@ from ernieq.errors import ShapeError
 from ernieq.kernels.precision import float32_products
 from ernieq.trellis import TILE_SIDE, VALUE_UNIT, EncodedMatrix, TrellisCode
 
-# Bytes a weight takes while it is encoded: the target, its rotation, that with its blocks in order and a copy that
-# errors are fed into (4 each), symbols (1), values (2), decoded (2), and room for the product that feeds errors
-# back (4).
+# Bytes a weight takes while it is encoded: the target, its rotation, that with its blocks in order and a copy
+# that errors are fed into (4 each), symbols (1), values (2), decoded (2), and room for the product that feeds
+# errors back (4).
 _BYTES_PER_WEIGHT = 25
 _BYTES_PER_HESSIAN_ENTRY = 16  # as it came, rotated, its factor, and room for a rotation
 
