@@ -1,7 +1,10 @@
 """Units of allocation: the matrices that get their bits together, because a kernel reads them together.
 
-In a layer: q, k and v; o; gate and up of the dense MLP, its down; the same of the shared experts; gate and up
+In a layer: q and k; v; o; gate and up of the dense MLP, its down; the same of the shared experts; gate and up
 of all routed experts, their downs. Outside: the embedding (a tied head is the same matrix), an untied head.
+
+A kernel reads q, k and v together if they have one rate. They are two units all the same: a weight of v was
+measured to cost 5 to 15 times as much as one of q or k, and another rate costs one launch a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from ernieq.trellis import RATES, TrellisCode
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 
-DECODER_RATES: tuple[float, ...] = tuple(rate for rate in RATES if rate <= 6)
+DECODER_RATES: tuple[float, ...] = RATES
 # Every token passes embedding and head, and at two bits either costs more than all layers together.
 OUTER_RATES: tuple[float, ...] = (*(rate for rate in RATES if rate >= 3), KEEP)
 
@@ -91,9 +94,10 @@ def _outer_units(config: ModelConfig) -> list[Unit]:
 
 
 def _layer_units(config: ModelConfig, index: int) -> list[Unit]:
-    """The groups of a layer; those of the routed experts that differ in the expert alone are one unit."""
+    """The groups of a layer, v apart; what differs in the number of the routed expert alone is one unit."""
     together: dict[tuple[str, ...], list[StoredGroup]] = {}
-    for group in layer_groups(config, index):
+    pieces = [piece for group in layer_groups(config, index) for piece in _values_apart(group)]
+    for group in pieces:
         names = tuple(_EXPERT.sub(".experts.*.", name) for name in group.names)
         together.setdefault(names, []).append(group)
     units = []
@@ -103,6 +107,13 @@ def _layer_units(config: ModelConfig, index: int) -> list[Unit]:
         patterns = tuple(full_name(index, name) for name in names)
         units.append(Unit(label, index, groups[0].part, tuple(groups), patterns))
     return units
+
+
+def _values_apart(group: StoredGroup) -> list[StoredGroup]:
+    """The group, and v of attention in one of its own."""
+    values = tuple(name for name in group.names if name.endswith(".v_proj"))
+    others = tuple(name for name in group.names if name not in values)
+    return [dataclasses.replace(group, names=names) for names in (others, values) if names]
 
 
 def _with_rates(unit: Unit, recipe: Recipe, pinned: bool) -> list[Unit]:

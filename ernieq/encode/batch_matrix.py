@@ -13,20 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernieq.encode.batch_feedback import block_ldl_factors, encode_ldlq_batch
-from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
+from ernieq.encode.batch_feedback import encode_ldlq_batch
+from ernieq.encode.curvature import Basis, Curvature
+from ernieq.encode.incoherence import rotation_block
 from ernieq.encode.memory import Batches
 from ernieq.encode.options import EncodeOptions, EncodingResult
 from ernieq.encode.ring_tensors import pack_rings
 from ernieq.encode.scales import fitted_scale, initial_scale, to_float16
-from ernieq.errors import NonFiniteError, ShapeError
-from ernieq.kernels.hadamard import rotate, unrotate
+from ernieq.errors import ShapeError
 from ernieq.kernels.precision import float32_products
 from ernieq.trellis import TILE_SIDE, VALUE_UNIT, EncodedMatrix, TrellisCode
 
-# Bytes a weight takes while it is encoded: the target, its rotation and a copy that errors are fed into (4
-# each), symbols (1), values (2), decoded (2), and room for the product that feeds errors back (4).
-_BYTES_PER_WEIGHT = 21
+# Bytes a weight takes while it is encoded: the target, its rotation, that with its blocks in order and a copy
+# that errors are fed into (4 each), symbols (1), values (2), decoded (2), and room for the product that feeds
+# errors back (4).
+_BYTES_PER_WEIGHT = 25
 _BYTES_PER_HESSIAN_ENTRY = 16  # as it came, rotated, its factor, and room for a rotation
 
 
@@ -76,9 +77,9 @@ def encode_batch(
     """
     for stack in stacks:
         check_shapes(stack)
-    basis = _Basis(signs, hessians[0].device)
+    basis = Basis(signs, hessians[0].device)
     with float32_products(basis.device, tensor_cores=False):
-        curved = _Curvature.of(hessians, [next(iter(stack)) for stack in stacks], basis, options.damping)
+        curved = Curvature.of(hessians, [next(iter(stack)) for stack in stacks], basis, options)
         first = stacks[0].values()
         rows, columns = sum(weight.shape[0] for weight in first), len(signs)
         rotated = torch.empty(len(stacks), rows, columns, device=basis.device)
@@ -108,7 +109,7 @@ def encode_in_pieces(
     Raises:
         BackendUnavailableError: not even one row of tiles fits.
     """
-    basis = _Basis(signs, hessian.device)
+    basis = Basis(signs, hessian.device)
     columns, total = len(signs), sum(weight.shape[0] for weight in weights.values())
     home = next(iter(weights.values())).device
     packed = np.empty((total // TILE_SIDE, columns // TILE_SIDE, code.units_per_tile), dtype=np.int16)
@@ -116,7 +117,7 @@ def encode_in_pieces(
     decoded = torch.empty(total, columns, dtype=_decoded_dtype(basis.device), device=home)
     sums = torch.empty(total, len(_SUMS), dtype=torch.float64)
     with float32_products(basis.device, tensor_cores=False):
-        curved = _Curvature.of([hessian], [next(iter(weights))], basis, options.damping)
+        curved = Curvature.of([hessian], [next(iter(weights))], basis, options)
 
         def encode_piece(row_tiles: Sequence[int]) -> None:
             rows = slice(row_tiles[0] * TILE_SIDE, (row_tiles[-1] + 1) * TILE_SIDE)
@@ -135,40 +136,6 @@ def encode_in_pieces(
 
 # What is summed over every row: the loss and the power under the Hessian, and without it.
 _SUMS = ("loss", "power", "squared error", "square")
-
-
-class _Basis:
-    """The rotation of a group, on the device that works."""
-
-    def __init__(self, signs: NDArray[np.int8], device: torch.device) -> None:
-        self.device = device
-        self.block = rotation_block(len(signs))
-        self._on_device = torch.from_numpy(signs).to(device)
-
-    def rotated(self, weight: Tensor) -> Tensor:
-        """(rows, in_features) float32 in the basis that is quantized."""
-        return rotate(weight.to(self.device), self._on_device, self.block)
-
-    def own(self, decoded: Tensor) -> Tensor:
-        """Back to the model's own basis."""
-        return unrotate(decoded, self._on_device, self.block)
-
-    def rotated_hessian(self, hessian: Tensor) -> Tensor:
-        return symmetric(rotate_hessian(hessian.float(), self._on_device, self.block))
-
-
-@dataclass(frozen=True)
-class _Curvature:
-    """Rotated Hessians, (in_features, in_features) float32 each, and their factors, (B, ...) float32."""
-
-    hessians: list[Tensor]
-    factors: Tensor
-
-    @classmethod
-    def of(cls, hessians: Sequence[Tensor], names: Sequence[str], basis: _Basis, damping: float) -> _Curvature:
-        check_finite(hessians, names)
-        rotated = [basis.rotated_hessian(hessian) for hessian in hessians]
-        return cls(rotated, block_ldl_factors(rotated, damping))
 
 
 @dataclass(frozen=True)
@@ -190,8 +157,8 @@ class _CodedRows:
 
 def _encode_rows(
     rotated: Tensor,
-    curved: _Curvature,
-    basis: _Basis,
+    curved: Curvature,
+    basis: Basis,
     code: TrellisCode,
     options: EncodeOptions,
     on_block: Callable[[int], None] | None,
@@ -199,7 +166,7 @@ def _encode_rows(
     """Scales, LDLQ, fitted scales: (B, rows, columns) float32 in the rotated basis."""
     scale = initial_scale(rotated, code.bits_per_weight)
     symbols, values = encode_ldlq_batch(
-        rotated,
+        curved.ordered(rotated),
         curved.factors,
         scale.float(),
         code,
@@ -208,6 +175,7 @@ def _encode_rows(
         threads=options.threads,
         on_block=on_block,
     )
+    symbols, values = curved.put_back(symbols, values)
     matrices = list(zip(rotated, values, curved.hessians, strict=True))
     fitted = [
         fitted_scale(weight, own.float() / VALUE_UNIT, hessian, before)
@@ -270,18 +238,6 @@ def cut_apart(
         results[name] = EncodingResult(encoded, decoded[rows], error_of(rows))
         start = rows.stop
     return results
-
-
-def check_finite(hessians: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Refuse Hessians with NaN or infinite numbers, with one wait for the device in all.
-
-    Raises:
-        NonFiniteError: an activation overflowed; ``names`` say which matrices read it.
-    """
-    finite = torch.stack([torch.isfinite(hessian).all() for hessian in hessians]).tolist()
-    for name, is_finite in zip(names, finite, strict=True):
-        if not is_finite:
-            raise NonFiniteError(f"the Hessian of the input of {name} has NaN or infinite numbers")
 
 
 def _errors(sums: Tensor) -> Callable[[slice], float]:

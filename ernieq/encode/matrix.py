@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernieq.encode.batch_matrix import check_finite, check_shapes, cut_apart, encode_in_pieces
+from ernieq.encode.batch_matrix import check_shapes, cut_apart, encode_in_pieces
+from ernieq.encode.block_order import block_orders, columns_of
+from ernieq.encode.curvature import check_finite
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
 from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.options import EncodeOptions, EncodingResult
@@ -55,9 +57,11 @@ def encode_matrices(
     rotated = rotate(stacked, sign_tensor, block)
     rotated_hessian = symmetric(rotate_hessian(hessian.float(), sign_tensor, block))
     scale = initial_scale(rotated, code.bits_per_weight)
+    order = block_orders([rotated_hessian], options.damping)[0] if options.order_blocks else None
+    columns = slice(None) if order is None else columns_of(order)
     symbols, normalised = encode_ldlq(
-        rotated,
-        block_ldl_factor(rotated_hessian, options.damping),
+        rotated[:, columns],
+        block_ldl_factor(rotated_hessian[columns][:, columns], options.damping),
         scale.float(),
         code,
         first_pass_steps=options.first_pass_steps,
@@ -65,6 +69,9 @@ def encode_matrices(
         threads=options.threads,
         on_block=on_block,
     )
+    if order is not None:
+        back = order.argsort()
+        symbols, normalised = symbols[:, back.numpy()], normalised[:, columns_of(back)]
     scale = refit_scale(rotated, normalised, rotated_hessian, scale)
     decoded = normalised * scale.float()[:, None]
     packed = pack_symbols(symbols, code)

@@ -20,6 +20,8 @@ class EncodeOptions:
     Args:
         damping: share of the mean diagonal that is added to a Hessian before it is factored.
         first_pass_steps: length of the first tail-biting pass, a multiple of 4 from 96 (quick) to 256.
+        order_blocks: round blocks of columns in the order that leaves the least error (``block_order.py``) in
+            place of the last to the first; takes as long as a second factorisation of the Hessian.
         backend: implementation of the trellis search.
         threads: threads of the trellis search; all processors by default.
         memory_bytes: GPU memory that matrices at work may take; no bound by default.
@@ -28,6 +30,7 @@ class EncodeOptions:
 
     damping: float = 0.01
     first_pass_steps: int = FULL_FIRST_PASS
+    order_blocks: bool = True
     backend: Backend = Backend.AUTO
     threads: int | None = None
     memory_bytes: int | None = None

@@ -19,10 +19,10 @@ Tiny = Callable[..., Path]
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        ({}, 1 + 4 + 2 * 6),
-        ({"tied": False}, 2 + 4 + 2 * 6),
-        ({"shared_experts": 0}, 1 + 4 + 2 * 4),
-        ({"moe": False}, 1 + 3 * 4),
+        ({}, 1 + 5 + 2 * 7),
+        ({"tied": False}, 2 + 5 + 2 * 7),
+        ({"shared_experts": 0}, 1 + 5 + 2 * 5),
+        ({"moe": False}, 1 + 3 * 5),
     ],
     ids=str,
 )
@@ -65,5 +65,5 @@ def test_rates_that_the_state_is_too_short_for_are_left_out(tiny: Tiny) -> None:
     short = allocation_units(config, quick_recipe(), ())
     full = allocation_units(config, default_recipe(2), ())
     assert max(short[1].rates) == 5
-    assert (min(full[1].rates), max(full[1].rates)) == (1.5, 6)
+    assert (min(full[1].rates), max(full[1].rates)) == (1.5, 8)
     assert full[0].rates[-2:] == (8, KEEP)
