@@ -85,7 +85,7 @@ def _part_options(function: Any) -> Any:
     type=click.Choice([name.value for name in PresetName]),
     default=PresetName.BALANCED.value,
     show_default=True,
-    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts.",
+    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts, --tune.",
 )
 @click.option(
     "--text",
@@ -112,7 +112,7 @@ def _part_options(function: Any) -> Any:
 @click.option(
     "--tune/--no-tune",
     default=None,
-    help="Tune channel scales and norms after rounding, by distillation on the same text.  [default: off]",
+    help="Tune channel scales and norms after rounding, by distillation on the same text.  [default: as the preset]",
 )
 @click.option("--tune-steps", type=click.IntRange(min=1), help="Steps of --tune at most.  [default: 100]")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
@@ -169,10 +169,13 @@ def command(
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
         allocation = allocated.allocation if allocated else None
         if dry_run:
-            plan = run.conversion(recipe, allocation).plan
-            check_output(checkpoint, out, plan, overwrite=overwrite)
-            seconds = estimate_seconds(checkpoint.config, plan, recipe, options, device)
-            _print_plan(plan, seconds, out, allocation, as_json=as_json)
+            conversion = run.conversion(recipe, allocation)
+            check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
+            tuned = conversion.untuned is None
+            seconds = estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device, tuned=tuned)
+            if conversion.untuned:
+                progress.line(f"not tuned: {conversion.untuned}")
+            _print_plan(conversion.plan, seconds, out, allocation, as_json=as_json)
             return
         kl: float | None = None
         if allocated and allocated.held_out is not None:
@@ -227,6 +230,8 @@ def _calibration(
 ) -> list[TextFile] | HessianDirectory:
     if hessians is None:
         return read_texts(texts)
+    if settings["tune"]:
+        raise UsageError("--tune needs the calibration text, and stored Hessians have none: leave one out")
     if texts or settings["windows"] or settings["window"]:
         raise UsageError(
             "--text, --windows and --window mean nothing beside --hessians: "

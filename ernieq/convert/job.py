@@ -31,7 +31,7 @@ from ernieq.convert.stored import HessianDirectory, quantize_layer_from
 from ernieq.convert.tune import HeldMatrices, refusal, tune_model
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
-from ernieq.errors import OutputExistsError, RecipeError, StorageError
+from ernieq.errors import OutputExistsError, StorageError
 from ernieq.model import DecoderLayer, Rotary
 from ernieq.pack import Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
 from ernieq.trellis import TrellisCode
@@ -80,6 +80,10 @@ class Conversion:
     Raises:
         CheckpointError, RecipeError: the plan can't be made.
         BackendUnavailableError: the GPU has less memory free than it is to use.
+
+    Attributes:
+        plan: what will be written.
+        untuned: why scales and norms will not be tuned, empty if nobody asked for it; None if they will be.
     """
 
     def __init__(
@@ -112,7 +116,7 @@ class Conversion:
         self._experts = self._workplace.expert_batches(config, tokens, self._listener.on_phase)
         self.plan = make_plan(checkpoint, recipe)
         self._coverage = self._planned_coverage()
-        self._untuned = self._why_untuned()
+        self.untuned = self._why_untuned()
 
     def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
         """Convert.
@@ -130,13 +134,13 @@ class Conversion:
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
             sample = self._sample()
-            if sample is not None and self._untuned is None:
+            if sample is not None and self.untuned is None:
                 report = self._encode_and_tune(sample, writer)
             else:
                 with self._workplace.limited(), BackgroundSink(writer) as sink:
                     report = self._encode(sample, sink)
                 self._keep_rest(writer, {})
-                report.untuned = self._untuned or ""
+                report.untuned = self.untuned or ""
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
             self._listener.on_phase("writing and verifying")
@@ -145,15 +149,11 @@ class Conversion:
         return report
 
     def _why_untuned(self) -> str | None:
-        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are.
-
-        Raises:
-            RecipeError: they are to be, without text.
-        """
+        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are."""
         if not self._recipe.tune.enabled:
             return ""
         if isinstance(self._calibration, HessianDirectory):
-            raise RecipeError("--tune needs the calibration text, and stored Hessians have none: leave one out")
+            return "it needs the calibration text, and stored Hessians have none"
         return refusal(self.plan.parameters, self._workplace)
 
     def _sample(self) -> CalibrationSample | None:
