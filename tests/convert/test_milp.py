@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 import pytest
+from scipy.optimize import milp
 
-from ernieq.convert import milp
 from ernieq.convert.milp import Option, choose
 
 
@@ -84,14 +84,13 @@ def test_units_without_cost_are_given_least() -> None:
 def test_what_the_solver_prints_does_not_reach_stdout(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = milp.milp
 
     def noisy(*arguments: Any, **options: Any) -> Any:
         os.write(1, b"written to the descriptor\n")
         ctypes.CDLL(None).puts(b"printed by C, which may hold it back")
-        return solve(*arguments, **options)
+        return milp(*arguments, **options)
 
-    monkeypatch.setattr(milp, "milp", noisy)
+    monkeypatch.setattr("ernieq.convert.milp.milp", noisy)
     print("before")
     assert choose(problem(0), 1e9) is not None
     print("after", flush=True)
@@ -105,7 +104,7 @@ def test_stdout_is_there_again_when_the_solver_fails(
     def failing(*_: Any, **__: Any) -> Any:
         raise ValueError("no solver")
 
-    monkeypatch.setattr(milp, "milp", failing)
+    monkeypatch.setattr("ernieq.convert.milp.milp", failing)
     with pytest.raises(ValueError, match="no solver"):
         choose(problem(0), 1e9)
     os.write(1, b"here\n")

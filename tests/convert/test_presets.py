@@ -105,9 +105,19 @@ def test_best_tunes_unless_it_is_told_not_to(source: Path, tmp_path: Path) -> No
 def test_best_says_that_it_does_not_tune_with_stored_hessians(
     source: Path, tmp_path: Path, mode: list[str]
 ) -> None:
-    text, hessians = ("--text", source.parent / "words.txt"), tmp_path / "hessians"
-    done(run("calibrate", source, "--out", hessians, *text, *SAMPLE))
-    stored = ("quantize", source, "--out", tmp_path / "out", "--hessians", hessians, "--preset", "best", *CODE)
+    hessians = tmp_path / "hessians"
+    done(run("calibrate", source, "--out", hessians, "--text", source.parent / "words.txt", *SAMPLE))
+    stored: list[str | Path] = [
+        "quantize",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--hessians",
+        hessians,
+        "--preset",
+        "best",
+        *CODE,
+    ]
     result = run(*stored, *mode)
     done(result)
     lines = [line for line in result.stderr.splitlines() if line.startswith("not tuned: ")]
