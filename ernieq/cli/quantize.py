@@ -9,23 +9,21 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, resolve_source
 from ernieq.calibrate import TextFile
 from ernieq.checkpoint import open_checkpoint
 from ernieq.cli.allocating import allocate, convert_in_rounds
-from ernieq.cli.allocation_options import chosen_target, print_allocation, target_options
+from ernieq.cli.allocation_options import chosen_target, target_options
 from ernieq.cli.calibrate import read_texts
 from ernieq.cli.conversion_device import settle_conversion
+from ernieq.cli.conversion_output import print_plan, print_result, tuning_sentence
 from ernieq.cli.conversion_run import ConversionRun
 from ernieq.cli.shared import (
     backend_option,
     device_option,
     json_option,
     overwrite_option,
-    print_json,
     progress_report,
     seed_option,
     threads_option,
@@ -33,14 +31,10 @@ from ernieq.cli.shared import (
 )
 from ernieq.convert import (
     PRESETS,
-    Allocation,
-    ConversionReport,
     HessianDirectory,
     Part,
-    Plan,
     PresetName,
     Recipe,
-    TuningReport,
     apply_overrides,
     check_output,
     default_recipe,
@@ -52,7 +46,6 @@ from ernieq.encode import EncodeOptions
 from ernieq.errors import UsageError
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.viterbi import SHORT_FIRST_PASS
-from ernieq.records import format_bytes, format_seconds
 
 _PART_OPTIONS = {
     "attention_bits": Part.ATTENTION,
@@ -95,7 +88,7 @@ def _part_options(function: Any) -> Any:
     type=click.Choice([name.value for name in PresetName]),
     default=PresetName.BALANCED.value,
     show_default=True,
-    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts.",
+    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts, --tune.",
 )
 @click.option(
     "--text",
@@ -126,7 +119,8 @@ def _part_options(function: Any) -> Any:
 @click.option(
     "--tune/--no-tune",
     default=None,
-    help="Tune channel scales and norms after rounding, by distillation on the same text.  [default: off]",
+    help="Tune channel scales and norms after rounding, by distillation on the same text.  "
+    "[default: as the preset]",
 )
 @click.option("--tune-steps", type=click.IntRange(min=1), help="Steps of --tune at most.  [default: 100]")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
@@ -189,10 +183,13 @@ def command(
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
         allocation = allocated.allocation if allocated else None
         if dry_run:
-            plan = run.conversion(recipe, allocation).plan
-            check_output(checkpoint, out, plan, overwrite=overwrite)
-            seconds = estimate_seconds(checkpoint.config, plan, recipe, options, device)
-            _print_plan(plan, seconds, out, allocation, as_json=as_json)
+            conversion = run.conversion(recipe, allocation)
+            check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
+            tuned = conversion.untuned is None
+            seconds = estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device, tuned=tuned)
+            if conversion.untuned:
+                progress.line(f"not tuned: {conversion.untuned}")
+            print_plan(conversion.plan, seconds, out, allocation, as_json=as_json)
             return
         kl: float | None = None
         if allocated and allocated.held_out is not None:
@@ -201,10 +198,10 @@ def command(
             report = run.convert(recipe, allocation)
         seconds = time.monotonic() - started
         if report.tuning is not None:
-            progress.line(_tuning_sentence(report.tuning))
+            progress.line(tuning_sentence(report.tuning))
         elif report.untuned:
             progress.line(f"not tuned: {report.untuned}")
-    _print_result(run, report, seconds, kl, as_json=as_json)
+    print_result(run, report, seconds, kl, as_json=as_json)
     checkpoint.close()
 
 
@@ -247,64 +244,11 @@ def _calibration(
 ) -> list[TextFile] | HessianDirectory:
     if hessians is None:
         return read_texts(texts)
+    if settings["tune"]:
+        raise UsageError("--tune needs the calibration text, and stored Hessians have none: leave one out")
     if texts or settings["windows"] or settings["window"]:
         raise UsageError(
             "--text, --windows and --window mean nothing beside --hessians: "
             "the sample was drawn when the Hessians were collected"
         )
     return HessianDirectory(hessians)
-
-
-def _tuning_sentence(report: TuningReport) -> str:
-    found = f"held-out divergence {report.before:.4f}"
-    if not report.gained:
-        return f"tuning: {found} was not lowered in {report.steps} steps; scales and norms stay as they were"
-    return f"tuning: {found} -> {report.after:.4f} in {report.steps} steps"
-
-
-def _print_plan(plan: Plan, seconds: float, out: Path, allocation: Allocation | None, *, as_json: bool) -> None:
-    if as_json:
-        facts = dataclasses.asdict(plan) | {"out": str(out), "seconds": seconds}
-        if allocation is not None:
-            facts["allocation"] = allocation.to_json()
-        print_json(facts | {"parameters": plan.parameters, "bits_per_weight": plan.bits_per_weight})
-        return
-    table = Table(title=f"Plan for {out}")
-    for heading in ("part", "parameters", "bits", "bytes"):
-        table.add_column(heading, justify="left" if heading == "part" else "right")
-    for part in plan.parts:
-        table.add_row(part.part, f"{part.parameters:,}", f"{part.bits:.2f}", format_bytes(part.bytes))
-    table.add_row(
-        "total", f"{plan.parameters:,}", f"{plan.bits_per_weight:.2f}", format_bytes(plan.output_bytes)
-    )
-    console = Console()
-    console.print(table)
-    if allocation is not None:
-        print_allocation(allocation)
-    console.print(
-        f"memory about {format_bytes(plan.memory_bytes)}, disk {format_bytes(plan.output_bytes)}, "
-        f"time about {format_seconds(seconds)}"
-    )
-
-
-def _print_result(
-    run: ConversionRun, report: ConversionReport, seconds: float, kl: float | None, *, as_json: bool
-) -> None:
-    size = run.file_bytes()
-    if as_json:
-        facts = {
-            "out": str(run.out),
-            "bytes": size,
-            "bits_per_weight": 8 * size / report.plan.parameters,
-            "seconds": seconds,
-            "calibration_tokens": report.calibration.tokens,
-            "layers": [dataclasses.asdict(layer) for layer in report.layers],
-            "tuning": None if report.tuning is None else dataclasses.asdict(report.tuning),
-            "untuned": report.untuned,
-        }
-        print_json(facts if kl is None else facts | {"kl": kl})
-        return
-    click.echo(
-        f"wrote {run.out}: {format_bytes(size)}, {8 * size / report.plan.parameters:.2f} bits per weight "
-        f"over all parameters, in {format_seconds(seconds)}"
-    )

@@ -5,9 +5,10 @@ from ernieq.convert.collect import calibration_record, collect_statistics, draw_
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
 from ernieq.convert.groups import LayerReport
-from ernieq.convert.job import Conversion, check_output
+from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
+from ernieq.convert.output import check_output
 from ernieq.convert.plan import PartPlan, Plan, make_plan
 from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
-from ernieq.convert.tune import LARGEST_ON_CPU
 from ernieq.encode import EncodeOptions
 from ernieq.kernels.precision import float32_products
 from ernieq.kernels.viterbi import search_tiles
@@ -32,10 +31,20 @@ def estimate_seconds(
     recipe: Recipe,
     options: EncodeOptions,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - it can't be changed
+    *,
+    tuned: bool = False,
 ) -> float:
     """Seconds that encoding, calibration and tuning will take, from a probe of well under a second.
 
     Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
+
+    Args:
+        config: of the model.
+        plan: what is encoded.
+        recipe: the sample, the code, the steps of tuning.
+        options: how matrices are encoded.
+        device: where.
+        tuned: whether scales and norms are tuned.
     """
     weights_at: dict[float, int] = {}
     for module, bits in plan.modules.items():
@@ -47,7 +56,7 @@ def estimate_seconds(
     length = min(recipe.calibration.window, config.max_position_embeddings)
     tokens = recipe.calibration.windows * length
     operations = tokens * _operations_per_token(config, length)
-    if recipe.tune.enabled and (device.type != "cpu" or plan.parameters <= LARGEST_ON_CPU):
+    if tuned:
         operations += _tuning_operations(config, recipe, tokens)
     return encoding + operations / _matmul_rate(device)
 

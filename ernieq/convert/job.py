@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,43 +23,22 @@ from ernieq.convert.collect import calibration_record, draw_sample
 from ernieq.convert.groups import LayerReport
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
+from ernieq.convert.output import check_output
 from ernieq.convert.overlap import BackgroundSink, Sink, read_layers
-from ernieq.convert.plan import Plan, make_plan
+from ernieq.convert.plan import make_plan
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.rest import keep_rest, planned_coverage
 from ernieq.convert.stored import HessianDirectory, quantize_layer_from
 from ernieq.convert.tune import HeldMatrices, refusal, tune_model
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
-from ernieq.errors import OutputExistsError, RecipeError, StorageError
 from ernieq.model import DecoderLayer, Rotary
-from ernieq.pack import Coverage, Manifest, PackedWriter, RawTensor, Source, file_sha256
+from ernieq.pack import Manifest, PackedWriter, Source, file_sha256
 from ernieq.trellis import TrellisCode
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 CPU = torch.device("cpu")
-_SPARE_DISK_BYTES = 50_000_000
-
-
-def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Refuse an output that would destroy something or can't hold the result.
-
-    Raises:
-        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
-        StorageError: the disk has too little space.
-    """
-    target, source = out.resolve(), checkpoint.directory.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
-    place = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < plan.output_bytes + _SPARE_DISK_BYTES:
-        raise StorageError(
-            f"{place} has {free / 1e9:.2f} GB free; "
-            f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
-        )
 
 
 class Conversion:
@@ -80,6 +58,10 @@ class Conversion:
     Raises:
         CheckpointError, RecipeError: the plan can't be made.
         BackendUnavailableError: the GPU has less memory free than it is to use.
+
+    Attributes:
+        plan: what will be written.
+        untuned: why scales and norms will not be tuned, empty if nobody asked for it; None if they will be.
     """
 
     def __init__(
@@ -111,8 +93,8 @@ class Conversion:
         )
         self._experts = self._workplace.expert_batches(config, tokens, self._listener.on_phase)
         self.plan = make_plan(checkpoint, recipe)
-        self._coverage = self._planned_coverage()
-        self._untuned = self._why_untuned()
+        self._coverage = planned_coverage(checkpoint, self.plan.modules)
+        self.untuned = self._why_untuned()
 
     def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
         """Convert.
@@ -130,13 +112,13 @@ class Conversion:
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
             sample = self._sample()
-            if sample is not None and self._untuned is None:
+            if sample is not None and self.untuned is None:
                 report = self._encode_and_tune(sample, writer)
             else:
                 with self._workplace.limited(), BackgroundSink(writer) as sink:
                     report = self._encode(sample, sink)
-                self._keep_rest(writer, {})
-                report.untuned = self._untuned or ""
+                self._coverage = keep_rest(self._checkpoint, self._coverage, writer, {})
+                report.untuned = self.untuned or ""
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
             self._listener.on_phase("writing and verifying")
@@ -145,15 +127,11 @@ class Conversion:
         return report
 
     def _why_untuned(self) -> str | None:
-        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are.
-
-        Raises:
-            RecipeError: they are to be, without text.
-        """
+        """Why scales and norms are not tuned, empty if nobody asked for it; None if they are."""
         if not self._recipe.tune.enabled:
             return ""
         if isinstance(self._calibration, HessianDirectory):
-            raise RecipeError("--tune needs the calibration text, and stored Hessians have none: leave one out")
+            return "it needs the calibration text, and stored Hessians have none"
         return refusal(self.plan.parameters, self._workplace)
 
     def _sample(self) -> CalibrationSample | None:
@@ -179,7 +157,7 @@ class Conversion:
         report.tuning, report.untuned = tuned.report, tuned.untuned
         for name, matrix in tuned.matrices.items():
             writer.add_encoded(name, matrix)
-        self._keep_rest(writer, tuned.tensors)
+        self._coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors)
         return report
 
     def _encode(self, sample: CalibrationSample | None, sink: Sink) -> ConversionReport:
@@ -299,32 +277,6 @@ class Conversion:
         sink.add_encoded(module, result[module].encoded)
         report.errors[module] = result[module].proxy_error
         return result[module].decoded
-
-    def _keep_rest(self, writer: PackedWriter, tuned: Mapping[str, RawTensor]) -> None:
-        """Write what is not quantized, as the source has it or as it was tuned."""
-        carried = set(self._coverage.carried)
-        for name in sorted((*self._coverage.kept, *carried)):
-            if name in tuned:
-                writer.add_tensor(name, tuned[name], tuned=True)
-                continue
-            info = self._checkpoint.info(name)
-            raw = RawTensor(info.dtype, info.shape, self._checkpoint.read_bytes(name))
-            writer.add_tensor(name, raw, carried=name in carried)
-            del raw
-            self._checkpoint.release()
-        kept = tuple(name for name in self._coverage.kept if name not in tuned)
-        self._coverage = dataclasses.replace(self._coverage, kept=kept, tuned=tuple(sorted(tuned)))
-
-    def _planned_coverage(self) -> Coverage:
-        """What must have become of every source tensor, from the source's own list of names."""
-        unknown = set(self._checkpoint.audit().unknown)
-        quantized = {f"{module}.weight" for module in self.plan.modules}
-        names = self._checkpoint.names()
-        return Coverage(
-            tuple(name for name in names if name in quantized),
-            tuple(name for name in names if name not in quantized and name not in unknown),
-            tuple(name for name in names if name in unknown),
-        )
 
     def _manifest(self, report: ConversionReport, seconds: float) -> Manifest:
         return Manifest(

@@ -6,7 +6,11 @@ exchange by marginal gain, the usual way, misses the optimum where a unit is lar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,16 +67,17 @@ def _solve(units: Sequence[Sequence[Option]], budget: float) -> list[int] | None
     weights = np.array([option.weight for options in units for option in options])
     one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     largest = sum(max(option.cost for option in options) for options in units)
-    found = milp(
-        costs * (_SCALE / largest if largest > 0 else 1.0),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(weights[None, :] * (_SCALE / max(budget, 1e-300)), -np.inf, _SCALE),
-        ],
-        bounds=Bounds(0, 1),
-        integrality=np.ones(len(owner)),
-        options={"time_limit": _TIME_LIMIT, "mip_rel_gap": _RELATIVE_GAP},
-    )
+    with _silent_stdout():
+        found = milp(
+            costs * (_SCALE / largest if largest > 0 else 1.0),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(weights[None, :] * (_SCALE / max(budget, 1e-300)), -np.inf, _SCALE),
+            ],
+            bounds=Bounds(0, 1),
+            integrality=np.ones(len(owner)),
+            options={"time_limit": _TIME_LIMIT, "mip_rel_gap": _RELATIVE_GAP},
+        )
     if found.x is None:
         return None
     chosen, start = [], 0
@@ -80,3 +85,34 @@ def _solve(units: Sequence[Sequence[Option]], budget: float) -> list[int] | None
         chosen.append(int(np.argmax(found.x[start : start + len(options)])))
         start += len(options)
     return chosen
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Send what compiled code writes to standard output nowhere: some versions of HiGHS print while they solve.
+
+    Works below Python, on file descriptor 1, whatever ``sys.stdout`` is; nothing is done where it is closed.
+    """
+    _flush_stdout()
+    try:
+        kept = os.dup(1)
+    except OSError:
+        yield
+        return
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
+        yield
+    finally:
+        _flush_stdout()  # what C still holds must go the same way
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush_stdout() -> None:
+    """Flush Python's standard output and those of C."""
+    with suppress(AttributeError, OSError, ValueError):  # None, broken, closed
+        sys.stdout.flush()
+    with suppress(AttributeError, OSError, TypeError):  # where the C library is not found under no name
+        ctypes.CDLL(None).fflush(None)

@@ -1,10 +1,10 @@
 """Presets of ``--preset``: how much time a conversion may take.
 
-| preset   | first search pass             | calibration windows             |
-|----------|-------------------------------|---------------------------------|
-| fast     | short: a quarter less search  | 32                              |
-| balanced | full                          | 64                              |
-| best     | full                          | 200: all of the bundled texts   |
+| preset   | first search pass             | calibration windows             | scales and norms |
+|----------|-------------------------------|---------------------------------|------------------|
+| fast     | short: a quarter less search  | 32                              | as rounded       |
+| balanced | full                          | 64                              | as rounded       |
+| best     | full                          | 200: all of the bundled texts   | tuned            |
 
 A recipe file and explicit options win over a preset; the recipe records the values, not the preset's name.
 """
@@ -46,11 +46,12 @@ class Preset:
         return {
             "encode": {"first_pass_steps": self.first_pass_steps},
             "calibration": {"windows": self.windows},
+            "tune": {"enabled": self.tune},
         }
 
 
 PRESETS: dict[PresetName, Preset] = {
     PresetName.FAST: Preset(SHORT_FIRST_PASS, 32),
     PresetName.BALANCED: Preset(FULL_FIRST_PASS, 64),
-    PresetName.BEST: Preset(FULL_FIRST_PASS, 200),
+    PresetName.BEST: Preset(FULL_FIRST_PASS, 200, tune=True),
 }

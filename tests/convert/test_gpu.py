@@ -17,6 +17,7 @@ from ernieq.convert import (
     CalibrationSettings,
     Conversion,
     ConversionReport,
+    Part,
     Recipe,
     TuneSettings,
     default_recipe,
@@ -108,16 +109,19 @@ def test_tuning_on_the_gpu_gains_what_it_gains_on_the_cpu(
     if narrow:
         monkeypatch.setattr("ernieq.convert.tune._fits", lambda *_: False)
         monkeypatch.setattr("ernieq.convert.job.refusal", lambda *_: None)
-    source, text = tiny(hidden=128, expert_width=64), write_words(tmp_path / "words.txt", 4000)
+    # Two bits nearly everywhere: at the default recipe's bits this model has nothing to gain, on no device.
+    parts = {part: 2 for part in Part if part is not Part.EMBEDDING}
+    source, text = tiny(), write_words(tmp_path / "words.txt", 4000)
     tune = TuneSettings(enabled=True, steps=40, batch_tokens=1024, window=32, learning_rate=0.01)
-    recipe = dataclasses.replace(quick_recipe(windows=100), tune=tune)
+    recipe = dataclasses.replace(quick_recipe(parts=parts, windows=120), tune=tune)
     found, wanted = (
         convert_on(device, source, tmp_path / device.type, recipe, [text]).tuning for device in (GPU, CPU)
     )
     assert found is not None
     assert wanted is not None
-    assert found.after < found.before
-    assert found.after / found.before == pytest.approx(wanted.after / wanted.before, abs=0.05)
+    # On the CPU 0.909 for two seeds, 0.908 in bfloat16.
+    assert found.after < 0.95 * found.before
+    assert found.after / found.before == pytest.approx(wanted.after / wanted.before, abs=0.03)
     assert verify_packed(tmp_path / "cuda").tuned == 7
 
 

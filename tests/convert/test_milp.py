@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import random
+import subprocess
+import sys
+from typing import Any
 
 import pytest
+from scipy.optimize import milp
 
 from ernieq.convert.milp import Option, choose
 
@@ -73,3 +79,42 @@ def test_a_unit_with_one_option_keeps_it() -> None:
 def test_units_without_cost_are_given_least() -> None:
     units = [[Option(0.0, 10.0), Option(0.0, 20.0)]] * 3
     assert choose(units, 30.0) == [0, 0, 0]
+
+
+def test_what_the_solver_prints_does_not_reach_stdout(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def noisy(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"written to the descriptor\n")
+        ctypes.CDLL(None).puts(b"printed by C, which may hold it back")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr("ernieq.convert.milp.milp", noisy)
+    print("before")
+    assert choose(problem(0), 1e9) is not None
+    print("after", flush=True)
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_stdout_is_there_again_when_the_solver_fails(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise ValueError("no solver")
+
+    monkeypatch.setattr("ernieq.convert.milp.milp", failing)
+    with pytest.raises(ValueError, match="no solver"):
+        choose(problem(0), 1e9)
+    os.write(1, b"here\n")
+    assert capfd.readouterr().out == "here\n"
+
+
+@pytest.mark.parametrize("trouble", ["os.close(1)", "sys.stdout = None", "sys.stdout.close()"])
+def test_a_choice_is_made_without_a_stdout(trouble: str) -> None:
+    program = (
+        f"import os, sys; {trouble}; from ernieq.convert.milp import Option, choose; "
+        "sys.exit(10 + choose([[Option(2, 1), Option(1, 2)]], 2)[0])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 11

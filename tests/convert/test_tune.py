@@ -15,7 +15,6 @@ from ernieq.calibrate import read_text_file
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import (
     KEEP,
-    HessianDirectory,
     Part,
     Recipe,
     TuneSettings,
@@ -29,7 +28,6 @@ from ernieq.convert import (
 )
 from ernieq.convert.tunable import TunableModel
 from ernieq.encode import EncodeOptions
-from ernieq.errors import RecipeError
 from ernieq.load import load_model
 from ernieq.pack import PackedReader, verify_packed
 from tests.convert.conversions import convert, file_hashes, logits_of, quick_recipe, write_words
@@ -206,10 +204,5 @@ def test_the_plan_counts_the_memory_and_the_time_of_tuning(tiny: Tiny) -> None:
     without, with_it = tuning_recipe(enabled=False), tuning_recipe(steps=1_000_000)
     plan = make_plan(checkpoint, without)
     assert make_plan(checkpoint, with_it).memory_bytes > plan.memory_bytes
-    seconds = [estimate_seconds(checkpoint.config, plan, recipe, options) for recipe in (without, with_it)]
+    seconds = [estimate_seconds(checkpoint.config, plan, with_it, options, tuned=on) for on in (False, True)]
     assert seconds[1] > seconds[0]
-
-
-def test_stored_hessians_have_no_text_to_tune_on(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--tune needs"):
-        convert(tiny(), tmp_path / "out", tuning_recipe(), hessians=HessianDirectory(tmp_path))
