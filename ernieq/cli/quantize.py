@@ -182,6 +182,7 @@ def command(
         started = time.monotonic()
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
         allocation = allocated.allocation if allocated else None
+        measuring = time.monotonic() - started
         if dry_run:
             conversion = run.conversion(recipe, allocation)
             check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
@@ -189,7 +190,12 @@ def command(
             seconds = estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device, tuned=tuned)
             if conversion.untuned:
                 progress.line(f"not tuned: {conversion.untuned}")
-            print_plan(conversion.plan, seconds, out, allocation, as_json=as_json)
+            plan = conversion.plan
+            if allocated:  # a conversion measures as well
+                seconds += measuring
+                needed = max(plan.memory_bytes, allocated.allocator.memory_bytes)
+                plan = dataclasses.replace(plan, memory_bytes=needed)
+            print_plan(plan, seconds, out, allocation, as_json=as_json)
             return
         kl: float | None = None
         if allocated and allocated.held_out is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ernieq.calibrate import CalibrationSample
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.milp import Option, choose
-from ernieq.convert.perturb import Perturbed
+from ernieq.convert.perturb import DIFFERENCE_DTYPE, Perturbed
 from ernieq.convert.plan import make_plan
 from ernieq.convert.probe import balanced, probe_of, typical_divergence
 from ernieq.convert.recipe import DEFAULT_BITS, KEEP, Part, Recipe
@@ -135,6 +135,12 @@ class Allocator:
     def unit_count(self) -> int:
         """Number of units that are measured."""
         return len(self._units)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of resident memory while the model is measured: a conversion's, and a copy's states a unit."""
+        states = self._probe.scored.numel() * self._checkpoint.config.hidden_size
+        return self.lightest.memory_bytes + self.unit_count * states * DIFFERENCE_DTYPE.itemsize
 
     def allocate(self, target: Target) -> Allocation:
         """The best rates within a bound.

@@ -31,7 +31,7 @@ from ernieq.errors import NonFiniteError
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, Rotary
 
-_DIFFERENCE_DTYPE = torch.bfloat16
+DIFFERENCE_DTYPE = torch.bfloat16
 _CHUNK_TOKENS = 256  # whose logits are there at a time
 
 # One copy of the model: unit name -> mean squared error per unit variance of its code.
@@ -100,7 +100,7 @@ class Perturbed:
             error = self._outer_error(EMBEDDING, table, None)
             looked_up = nn.functional.embedding(probe.scored, error)
             for copy, squared in touched:
-                copy.difference = (sqrt(squared) * looked_up).to(_DIFFERENCE_DTYPE)
+                copy.difference = (sqrt(squared) * looked_up).to(DIFFERENCE_DTYPE)
         hidden = nn.functional.embedding(probe.seen, table).to(stream_dtype(probe.seen.numel(), table.shape[1]))
         return base.to(self._workplace.device), self._workplace.place(Streams(hidden, hidden.clone()))
 
@@ -126,7 +126,7 @@ class Perturbed:
                 before = base if copy.difference is None else base + copy.difference.to(base.device)
                 changed = self._perturbed(layer, index, touched, copy.errors, grams) if touched else layer
                 difference = _forward(changed, before, scored_rotary).sub_(behind)
-                copy.difference = difference.to(_DIFFERENCE_DTYPE).cpu()
+                copy.difference = difference.to(DIFFERENCE_DTYPE).cpu()
                 del changed
             base = behind
             del layer, grams

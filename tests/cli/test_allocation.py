@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ernieq.checkpoint import open_checkpoint
 from ernieq.cli import allocating
 from ernieq.load import open_stream
 from ernieq.pack import PackedReader
@@ -207,3 +208,18 @@ def test_a_text_of_one_window_is_refused_for_a_divergence(tiny: Callable[..., Pa
     source = tiny()
     write_words(source.parent / "words.txt", 40)
     refused(allocate(source, tmp_path / "packed", "--max-kl", "0.1"), 4, "--max-kl", "two")
+
+
+def test_a_plan_counts_the_time_and_the_memory_of_measuring(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ernieq.cli.quantize.estimate_seconds", lambda *_, **__: 0.0)
+    source = source_of(tiny)
+    options = ("--dry-run", "--json", "--embedding-bits", "5", "--head-bits", "5")
+    plain = json.loads(done(allocate(source, tmp_path / "packed", *options)))
+    measured = json.loads(done(allocate(source, tmp_path / "packed", "--target-bpw", "7", *options)))
+    assert plain["seconds"] == 0
+    assert measured["seconds"] > 0
+    copies, tokens = len(measured["allocation"]["units"]), 4 * 32
+    width = open_checkpoint(source).config.hidden_size
+    assert measured["memory_bytes"] == plain["memory_bytes"] + 2 * copies * tokens * width

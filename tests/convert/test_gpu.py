@@ -110,7 +110,7 @@ def test_tuning_on_the_gpu_gains_what_it_gains_on_the_cpu(
         monkeypatch.setattr("ernieq.convert.tune._fits", lambda *_: False)
         monkeypatch.setattr("ernieq.convert.job.refusal", lambda *_: None)
     # Two bits nearly everywhere: at the default recipe's bits this model has nothing to gain, on no device.
-    parts = {part: 2 for part in Part if part is not Part.EMBEDDING}
+    parts: dict[Part, float] = {part: 2 for part in Part if part is not Part.EMBEDDING}
     source, text = tiny(), write_words(tmp_path / "words.txt", 4000)
     tune = TuneSettings(enabled=True, steps=40, batch_tokens=1024, window=32, learning_rate=0.01)
     recipe = dataclasses.replace(quick_recipe(parts=parts, windows=120), tune=tune)
