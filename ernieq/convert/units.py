@@ -4,7 +4,7 @@ In a layer: q and k; v; o; gate and up of the dense MLP, its down; the same of t
 of all routed experts, their downs. Outside: the embedding (a tied head is the same matrix), an untied head.
 
 A kernel reads q, k and v together if they have one rate. They are two units all the same: a weight of v was
-measured to cost 5 to 15 times as much as one of q or k, and another rate costs one launch a layer.
+measured to cost 7 to 15 times as much as one of q or k, and another rate costs one launch a layer.
 """
 
 from __future__ import annotations
