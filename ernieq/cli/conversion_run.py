@@ -102,4 +102,7 @@ class ConversionRun:
                 line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
             self.progress.line(line)
 
-        return Listener(on_phase=self.progress.describe, on_weights=self.progress.advance, on_layer=on_layer)
+        def on_tuning_step(done: int, steps: int) -> None:
+            self.progress.describe(f"tuning: step {done} of {steps}")
+
+        return Listener(self.progress.describe, self.progress.advance, on_layer, on_tuning_step)

@@ -15,6 +15,9 @@ from ernieq.encode import EncodeOptions, EncodingResult, encode_batch, encode_ma
 from ernieq.model import DecoderLayer
 from ernieq.trellis import TrellisCode
 
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
 
 @dataclass
 class LayerReport:
@@ -110,13 +113,13 @@ class GroupEncoder:
     def hand_over(self, report: LayerReport, encoded: Mapping[str, EncodingResult]) -> None:
         """Give encoded matrices of a layer to the sink and note their errors."""
         for name, result in encoded.items():
-            self._sink.add_encoded(_full_name(report.index, name), result.encoded)
+            self._sink.add_encoded(full_name(report.index, name), result.encoded)
             report.errors[name] = result.proxy_error
 
     def _jobs(self, layer: int, group: Group) -> list[_Job]:
         by_bits: dict[float, dict[str, Tensor]] = {}
         for name, weight in group.weights.items():
-            bits = self._recipe.bits_of(_full_name(layer, name), group.part)
+            bits = self._recipe.bits_of(full_name(layer, name), group.part)
             if bits != KEEP:
                 by_bits.setdefault(bits, {})[name] = weight
         return [_Job(weights, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
@@ -132,7 +135,7 @@ class GroupEncoder:
         return encode_batch(stacks, grams, signs, code, self._options, self._on_weights)
 
     def _signs(self, layer: int, job: _Job) -> NDArray[np.int8]:
-        return input_signs(self._recipe.seed, _full_name(layer, job.signs), job.gram.shape[0])
+        return input_signs(self._recipe.seed, full_name(layer, job.signs), job.gram.shape[0])
 
 
 def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
@@ -142,5 +145,6 @@ def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
     return module
 
 
-def _full_name(layer: int, name: str) -> str:
-    return f"model.layers.{layer}.{name}"
+def full_name(layer: int | None, name: str) -> str:
+    """Name within the model of a module of a layer, or of one outside."""
+    return name if layer is None else f"model.layers.{layer}.{name}"

@@ -20,7 +20,7 @@ from ernieq.checkpoint import (
     load_head,
 )
 from ernieq.convert.collect import calibration_record, draw_sample
-from ernieq.convert.groups import LayerReport
+from ernieq.convert.groups import EMBEDDING, HEAD, LayerReport
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output
@@ -36,8 +36,6 @@ from ernieq.model import DecoderLayer, Rotary
 from ernieq.pack import Manifest, PackedWriter, Source, file_sha256
 from ernieq.trellis import TrellisCode
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 CPU = torch.device("cpu")
 
 

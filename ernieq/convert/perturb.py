@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ernieq.calibrate import Streams, collect_layer, narrow_layer, shared_copy, stream_dtype
 from ernieq.checkpoint import Checkpoint, load_embedding, load_final_norm, load_head
-from ernieq.convert.groups import linear_of
+from ernieq.convert.groups import EMBEDDING, HEAD, full_name, linear_of
 from ernieq.convert.overlap import read_layers
 from ernieq.convert.probe import Probe
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.stored import StoredGroup
-from ernieq.convert.units import EMBEDDING, HEAD, Unit, full_name
+from ernieq.convert.units import Unit
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import emulated_errors, input_signs
 from ernieq.errors import NonFiniteError

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint as checkpoint_gradient
 from ernieq.calibrate.narrow import ExactRouter
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.export import decode_rows
+from ernieq.convert.groups import EMBEDDING, HEAD
 from ernieq.encode.scales import SMALLEST_SCALE
 from ernieq.model import ErnieForCausalLM, ParameterRole, RmsNorm, expected_parameters
 from ernieq.model.mlp import Router
 from ernieq.trellis import EncodedMatrix
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 class RowScale(nn.Module):
@@ -162,7 +162,7 @@ class TunableModel:
         self._fill(checkpoint)
         for name, matrix in matrices.items():
             # 8 bits of a logit would be too few: embedding and head stay wide.
-            rounded = narrow and name not in (_EMBEDDING, _HEAD)
+            rounded = narrow and name not in (EMBEDDING, HEAD)
             values = _unit_rows(matrix, torch.bfloat16 if rounded else torch.float32).to(device)
             _replace_matrix(self.model, name, values, self.scales[name])
         for name, router in list(self.model.named_modules()):
@@ -216,7 +216,7 @@ def _unit_rows(matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
 
 
 def _replace_matrix(model: ErnieForCausalLM, name: str, values: Tensor, scale: RowScale) -> None:
-    if name != _EMBEDDING:
+    if name != EMBEDDING:
         bias = model.get_submodule(name).bias
         _put(model, name, ScaledLinear(values, scale, bias if isinstance(bias, Tensor) else None))
         return

@@ -15,14 +15,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from ernieq.convert.groups import EMBEDDING, HEAD, full_name
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.stored import StoredGroup, layer_groups
 from ernieq.errors import UsageError
 from ernieq.model import ModelConfig
 from ernieq.trellis import RATES, TrellisCode
-
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
 
 DECODER_RATES: tuple[float, ...] = RATES
 # Every token passes embedding and head, and at two bits either costs more than all layers together.
@@ -57,11 +55,6 @@ class Unit:
     def modules(self) -> list[str]:
         """Full names of the matrices."""
         return [full_name(self.layer, name) for group in self.groups for name in group.names]
-
-
-def full_name(layer: int | None, name: str) -> str:
-    """Name within the model of a module of a layer, or of one outside."""
-    return name if layer is None else f"model.layers.{layer}.{name}"
 
 
 def allocation_units(config: ModelConfig, recipe: Recipe, pinned: Collection[Part]) -> list[Unit]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ernieq.cli.shared import ProgressReport
 from ernieq.encode import EncodeOptions, encode_matrices
 from ernieq.kernels.backend import Backend
 from ernieq.load import load_model
@@ -70,6 +71,16 @@ def test_an_option_of_a_part_sets_this_part_and_no_other(
     else:
         expected |= dict.fromkeys(chosen, bits)
     assert bits_of(tmp_path / "packed") == expected
+
+
+def test_every_step_of_tuning_is_shown(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(ProgressReport, "describe", lambda _self, what: shown.append(what))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[tune]\nenabled = true\nwindow = 32\nbatch_tokens = 64\nsteps = 3\n")
+    done(quantize(source, tmp_path / "tuned", "--recipe", recipe, "--windows", "12"))
+    steps = [line for line in shown if line.startswith("tuning: step")]
+    assert steps == [f"tuning: step {step} of 3" for step in (1, 2, 3)]
 
 
 def test_tune_changes_scales_and_no_tune_leaves_them(source: Path, tmp_path: Path) -> None:

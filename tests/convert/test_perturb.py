@@ -12,9 +12,10 @@ import torch
 from ernieq.calibrate import Streams, collect_layer
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import Workplace
+from ernieq.convert.groups import full_name
 from ernieq.convert.perturb import Perturbed
 from ernieq.convert.probe import Probe
-from ernieq.convert.units import allocation_units, full_name
+from ernieq.convert.units import allocation_units
 from ernieq.encode import emulated_errors, input_signs
 from ernieq.load import load_model
 from ernieq.model import DecoderLayer, ErnieForCausalLM
