@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ernieq.calibrate import (
     CalibrationSample,
@@ -43,6 +43,21 @@ def calibration_record(sample: CalibrationSample) -> CalibrationRecord:
     """What the manifest says of a sample."""
     files = {Path(path).name: digest for path, digest in sample.files}
     return CalibrationRecord(files, sample.tokens, sample.windows.shape[0], sample.seed)
+
+
+def head_gram(norm: nn.Module, streams: Streams, stream: Tensor) -> Tensor:
+    """Mean x x^T of the head's input, (hidden_size, hidden_size).
+
+    Args:
+        norm: the final norm, on the device that computes.
+        streams: hidden states behind the last layer.
+        stream: one of the two.
+    """
+    gram = torch.zeros(streams.shape[2], streams.shape[2], device=streams.device)
+    for batch in streams.batches():
+        inputs = norm(streams.load(stream, batch).float()).flatten(0, 1)
+        gram.addmm_(inputs.T, inputs)
+    return gram / (streams.shape[0] * streams.shape[1])
 
 
 @torch.no_grad()

@@ -110,16 +110,17 @@ def _tuning_operations(config: ModelConfig, recipe: Recipe, tokens: int) -> floa
     """Multiplications and additions of tuning: the bf16 model once, the quantized one there and back a step."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    active = layers * attention + 3 * hidden * sum(_active_width(config, index) for index in range(layers))
+    widths = (inner * active for inner, active in (_feed_forward(config, index) for index in range(layers)))
+    active = layers * attention + 3 * hidden * sum(widths)
     steps = recipe.tune.steps * recipe.tune.batch_tokens
     return 2 * (tokens * active + steps * (2 * active + 3 * hidden * config.vocab_size))
 
 
-def _active_width(config: ModelConfig, index: int) -> int:
-    """Hidden units of a layer's feed-forward part that a token meets."""
+def _feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
+    """Hidden units of a layer's MLP or of one expert, and how many of them a token meets."""
     if not config.is_moe_layer(index):
-        return config.intermediate_size
-    return config.moe_intermediate_size * (config.moe_k + config.moe_num_shared_experts)
+        return config.intermediate_size, 1
+    return config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
 
 
 def _operations_per_token(config: ModelConfig, length: int) -> float:
@@ -129,10 +130,7 @@ def _operations_per_token(config: ModelConfig, length: int) -> float:
     attention = hidden * (2 * heads + 2 * cached) + heads * length  # projections; half the score matrix, twice
     total = 0.0
     for index in range(config.num_hidden_layers):
-        if config.is_moe_layer(index):
-            inner, active = config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
-        else:
-            inner, active = config.intermediate_size, 1
+        inner, active = _feed_forward(config, index)
         grams = (2 + active) * hidden**2 + active * (inner**2 + inner * hidden) + heads * (heads + hidden)
         total += 2 * attention + _PASSES * active * 3 * hidden * inner + grams
     return 2 * total

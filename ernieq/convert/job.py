@@ -19,7 +19,7 @@ from ernieq.checkpoint import (
     load_final_norm,
     load_head,
 )
-from ernieq.convert.collect import calibration_record, draw_sample
+from ernieq.convert.collect import calibration_record, draw_sample, head_gram
 from ernieq.convert.groups import EMBEDDING, HEAD, LayerReport
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
@@ -180,7 +180,8 @@ class Conversion:
         for index, layer in enumerate(self._layers()):
             self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
         if not config.tie_word_embeddings:
-            self._encode_head(sink, self._head_gram(streams), report)
+            norm = load_final_norm(self._checkpoint).to(streams.device)
+            self._encode_head(sink, head_gram(norm, streams, streams.quantized), report)
 
     def _encode_from(self, stored: HessianDirectory, sink: Sink, report: ConversionReport) -> None:
         """Encode layer by layer with the Hessians of the unquantized model."""
@@ -239,15 +240,6 @@ class Conversion:
         lookups = [nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded)]
         self._checkpoint.release()
         return Streams(lookups[0], lookups[1])
-
-    def _head_gram(self, streams: Streams) -> Tensor:
-        """Mean x x^T of the head's input, (hidden_size, hidden_size)."""
-        norm = load_final_norm(self._checkpoint).to(streams.device)
-        gram = torch.zeros(streams.shape[2], streams.shape[2], device=streams.device)
-        for batch in streams.batches():
-            inputs = norm(streams.load(streams.quantized, batch).float()).flatten(0, 1)
-            gram.addmm_(inputs.T, inputs)
-        return gram / (streams.shape[0] * streams.shape[1])
 
     def _encode_head(self, sink: Sink, gram: Tensor | None, report: ConversionReport) -> None:
         self._listener.on_phase("head")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ernieq.calibrate import Streams, collect_layer, narrow_layer, shared_copy, stream_dtype
 from ernieq.checkpoint import Checkpoint, load_embedding, load_final_norm, load_head
+from ernieq.convert.collect import head_gram
 from ernieq.convert.groups import EMBEDDING, HEAD, full_name, linear_of
 from ernieq.convert.overlap import read_layers
 from ernieq.convert.probe import Probe
@@ -183,7 +184,7 @@ class Perturbed:
         touched = self._touching(copies, outer)
         error = None
         if touched:
-            gram = None if tied else _head_gram(norm, seen)
+            gram = None if tied else head_gram(norm, seen, seen.reference)
             error = self._outer_error(outer, head.weight.data, gram)
         sizes = {id(copy): sqrt(squared) for copy, squared in touched}
         windows, length, _ = base.shape
@@ -211,12 +212,3 @@ def _forward(layer: DecoderLayer, hidden: Tensor, rotary: tuple[Tensor, Tensor])
     """Apply a layer to (windows, length, hidden_size), a few thousand tokens at a time."""
     states = Streams(hidden, hidden)
     return torch.cat([layer(hidden[batch], rotary) for batch in states.batches()])
-
-
-def _head_gram(norm: nn.Module, seen: Streams) -> Tensor:
-    """Mean x x^T of the head's input, (hidden_size, hidden_size)."""
-    gram = torch.zeros(seen.shape[2], seen.shape[2], device=seen.device)
-    for batch in seen.batches():
-        inputs = norm(seen.load(seen.reference, batch).float()).flatten(0, 1)
-        gram.addmm_(inputs.T, inputs)
-    return gram / (seen.shape[0] * seen.shape[1])

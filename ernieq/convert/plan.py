@@ -12,6 +12,7 @@ from ernieq.convert.distill import LOGIT_ROWS, TOKENS_AT_ONCE
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.sizes import header_bytes, packed_bytes, packed_header_bytes, shard_overhead
 from ernieq.convert.tune import LARGEST_ON_CPU
+from ernieq.convert.workplace import largest_layer
 from ernieq.errors import RecipeError, ShapeError
 from ernieq.model import ModelConfig, ParameterRole, expected_parameters
 from ernieq.trellis import TILE_SIDE
@@ -134,18 +135,13 @@ def source_bytes(checkpoint: Checkpoint) -> int:
 def _memory(config: ModelConfig, recipe: Recipe) -> int:
     """Peak of resident memory: program, two copies of the largest layer, the streams, Hessians at work."""
     windows, length = recipe.calibration.windows, min(recipe.calibration.window, config.max_position_embeddings)
-    layer: dict[str, int] = {}
-    for name, spec in expected_parameters(config).items():
-        if name.startswith("model.layers."):
-            key = name.split(".")[2]
-            layer[key] = layer.get(key, 0) + prod(spec.shape)
     itemsize = stream_dtype(windows * length, config.hidden_size).itemsize
     # Streams before and behind a sub-layer, or contexts beside them: two pairs.
     streams = 4 * windows * length * config.hidden_size * itemsize
     embedding = 2 * config.vocab_size * config.hidden_size * _FLOAT32
     widest = max(config.hidden_size, config.intermediate_size, config.moe_intermediate_size)
     hessians = 8 * widest * widest * _FLOAT32
-    return _PROGRAM_BYTES + streams + max(embedding, 2 * max(layer.values()) * _FLOAT32 + hessians)
+    return _PROGRAM_BYTES + streams + max(embedding, 2 * largest_layer(config) * _FLOAT32 + hessians)
 
 
 def _tuning_memory(config: ModelConfig, recipe: Recipe, parameters: int) -> int:

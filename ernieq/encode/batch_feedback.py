@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ernieq.encode.feedback import damp
 from ernieq.encode.ring_tensors import block_to_tiles, symbol_values, tiles_to_block
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.viterbi import search_tiles
@@ -49,8 +50,7 @@ def _factor_into(factor: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """Write the factor of one Hessian; returns LAPACK's info, 0 if it exists."""
     width = hessian.shape[0]
     wide = hessian.double()
-    mean = wide.diagonal().mean()
-    wide.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+    damp(wide, damping)
     cholesky, info = torch.linalg.cholesky_ex(wide)
     del wide
     starts = range(0, width, TILE_SIDE)

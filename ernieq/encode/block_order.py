@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ernieq.encode.feedback import damp
 from ernieq.trellis import TILE_SIDE
 
 
@@ -34,8 +35,7 @@ def block_orders(hessians: Sequence[Tensor], damping: float) -> Tensor:
     rest = torch.empty(many, width, width, dtype=torch.float64, device=hessians[0].device)
     for own, hessian in zip(rest, hessians, strict=True):
         own.copy_(hessian)
-        mean = own.diagonal().mean()
-        own.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+        damp(own, damping)
     natural = torch.arange(count, device=rest.device)
     within = torch.arange(TILE_SIDE, device=rest.device)
     taken = torch.zeros(many, count, dtype=torch.bool, device=rest.device)

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ernieq.encode.curvature import Basis
 from ernieq.encode.feedback import block_ldl_factor
-from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
-from ernieq.kernels.hadamard import unrotate
 from ernieq.kernels.precision import float32_products
 
 
@@ -45,16 +44,12 @@ def emulated_errors(
     noise = {name: _noise(weight, name, seed) for name, weight in weights.items()}
     if hessian is None:
         return noise  # white in one basis, white in every other
-    sign_tensor, block = torch.from_numpy(signs).to(hessian.device), rotation_block(len(signs))
+    basis = Basis(signs, hessian.device)
     with float32_products(hessian.device, tensor_cores=False):
-        rotated = symmetric(rotate_hessian(hessian.float(), sign_tensor, block))
-        factor = block_ldl_factor(rotated, damping)
-        del rotated
+        factor = block_ldl_factor(basis.rotated_hessian(hessian), damping)
         return {
-            name: unrotate(
-                torch.linalg.solve_triangular(factor, white, upper=False, left=False, unitriangular=True),
-                sign_tensor,
-                block,
+            name: basis.own(
+                torch.linalg.solve_triangular(factor, white, upper=False, left=False, unitriangular=True)
             )
             for name, white in noise.items()
         }

@@ -29,11 +29,16 @@ from ernieq.trellis import (
 )
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Add ``damping`` times the mean diagonal to the diagonal; a Hessian of zeros becomes the identity."""
+def damp(hessian: Tensor, damping: float) -> None:
+    """Add ``damping`` times the mean diagonal to the diagonal, in place; zeros become the identity."""
     mean = hessian.diagonal().mean()
-    ridge = damping * mean if mean > 0 else torch.ones_like(mean)
-    result: Tensor = hessian + ridge * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    hessian.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """``damp`` of a copy."""
+    result = hessian.clone()
+    damp(result, damping)
     return result
 
 

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ernieq.encode.batch_matrix import check_shapes, cut_apart, encode_in_pieces
 from ernieq.encode.block_order import block_orders, columns_of
-from ernieq.encode.curvature import check_finite
+from ernieq.encode.curvature import Basis, check_finite
 from ernieq.encode.feedback import block_ldl_factor, encode_ldlq
-from ernieq.encode.incoherence import rotate_hessian, rotation_block, symmetric
 from ernieq.encode.options import EncodeOptions, EncodingResult
 from ernieq.encode.scales import initial_scale, refit_scale
-from ernieq.kernels.hadamard import rotate, unrotate
 from ernieq.trellis import TrellisCode, pack_symbols
 
 
@@ -52,10 +50,8 @@ def encode_matrices(
         return encode_in_pieces(weights, hessian, signs, code, options, on_block)
     check_finite([hessian], [next(iter(weights))])
     stacked = torch.cat([weight.float() for weight in weights.values()])
-    block = rotation_block(stacked.shape[1])
-    sign_tensor = torch.from_numpy(signs)
-    rotated = rotate(stacked, sign_tensor, block)
-    rotated_hessian = symmetric(rotate_hessian(hessian.float(), sign_tensor, block))
+    basis = Basis(signs, hessian.device)
+    rotated, rotated_hessian = basis.rotated(stacked), basis.rotated_hessian(hessian)
     scale = initial_scale(rotated, code.bits_per_weight)
     order = block_orders([rotated_hessian], options.damping)[0] if options.order_blocks else None
     columns = slice(None) if order is None else columns_of(order)
@@ -75,7 +71,7 @@ def encode_matrices(
     scale = refit_scale(rotated, normalised, rotated_hessian, scale)
     decoded = normalised * scale.float()[:, None]
     packed = pack_symbols(symbols, code)
-    own_basis = unrotate(decoded, sign_tensor, block)
+    own_basis = basis.own(decoded)
 
     def error_of(rows: slice) -> float:
         return proxy_error(rotated[rows], decoded[rows], rotated_hessian)
