@@ -23,6 +23,7 @@ from typing import Any
 from machine import describe_machine, write_result
 from side_by_side import in_order, run
 
+from ernieq.convert import PRESETS, CalibrationSettings, PresetName
 from ernieq.pack import MANIFEST_NAME
 
 PEERS = Path(__file__).with_name("peers.json")
@@ -37,6 +38,7 @@ SWEEP = (
     5.0,
     6.0,
 )  # bits a decoder weight, all bytes of the decoder counted
+OWN_TEXT = "own.jsonl"
 PROTOCOLS = {
     "EXL3": ["--window", "1024", "--max-windows", "48", "--max-bytes", "400000"],
     "llama.cpp": ["--protocol", "llama.cpp", "--window", "512", "--max-windows", "40"],
@@ -79,6 +81,9 @@ def measure(
     name = f"{preset}-{point.tool}-{point.setting}-{seed}".replace(" ", "")
     packed, evaluation = work / name, work / f"{name}.json"
     chosen = ["--preset", preset, "--seed", str(seed), "--device", device]
+    own = work / OWN_TEXT
+    if PRESETS[PresetName(preset)].own_text and own.is_file():
+        chosen += ["--text", str(own)]
     if not packed.is_dir():
         run(["quantize", str(model), "--out", str(packed), *point.options, *chosen])
     if not evaluation.is_file():
@@ -90,6 +95,13 @@ def measure(
     return [
         row(model.name, point, preset, seed, entry, report["weights"], manifest) for entry in report["texts"]
     ]
+
+
+def write_own_text(model: Path, own: Path, device: str) -> None:
+    """The text on which --preset best calibrates on a GPU, once for all of its conversions."""
+    best = PRESETS[PresetName.BEST]
+    tokens = best.windows * CalibrationSettings().window
+    run(["sample-text", str(model), "--out", str(own), "--tokens", str(tokens), "--device", device])
 
 
 def row(
@@ -206,6 +218,9 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     tools = arguments.tool or ["EXL3", "llama.cpp", "sweep"]
     where = (arguments.seed, arguments.text, arguments.work, arguments.device)
+    own = arguments.work / OWN_TEXT
+    if PresetName.BEST in (arguments.preset or []) and arguments.device != "cpu" and not own.is_file():
+        in_order(1, arguments.device, write_own_text, [(arguments.model, own, arguments.device)])
     tasks = [
         (arguments.model, point, preset, *where)
         for preset in arguments.preset or ["balanced"]

@@ -21,6 +21,7 @@ SECTIONS = (
         (
             CommandEntry("quantize", "Write a checkpoint at 1.5 to 6 bits per weight."),
             CommandEntry("calibrate", "Run texts through a model and report what its experts saw."),
+            CommandEntry("sample-text", "Let the model write text to calibrate on."),
             CommandEntry("export", "Write the decoded weights as an ordinary checkpoint."),
         ),
     ),

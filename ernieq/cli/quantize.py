@@ -19,6 +19,7 @@ from ernieq.cli.calibrate import read_texts
 from ernieq.cli.conversion_device import settle_conversion
 from ernieq.cli.conversion_output import print_plan, print_result, tuning_sentence
 from ernieq.cli.conversion_run import ConversionRun
+from ernieq.cli.sample_text import own_text
 from ernieq.cli.shared import (
     backend_option,
     device_option,
@@ -88,7 +89,8 @@ def _part_options(function: Any) -> Any:
     type=click.Choice([name.value for name in PresetName]),
     default=PresetName.BALANCED.value,
     show_default=True,
-    help="fast: short search, 32 windows; balanced: full search, 64 windows; best: all bundled texts, --tune.",
+    help="fast: short search, 32 windows; balanced: full search, 64 windows; "
+    "best: 460 windows, --own-text on a GPU, --tune.",
 )
 @click.option(
     "--text",
@@ -96,6 +98,12 @@ def _part_options(function: Any) -> Any:
     multiple=True,
     type=click.Path(path_type=Path),
     help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
+)
+@click.option(
+    "--own-text/--no-own-text",
+    default=None,
+    help="Calibrate on text that the model writes itself, kept beside the output.  "
+    "[default: with --preset best, on a GPU that holds the model]",
 )
 @click.option(
     "--hessians",
@@ -174,8 +182,11 @@ def command(
         label = f"{recipe.bits:g}bit" if target is None else target.label
         out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{label}")
         options = EncodeOptions(backend=backend, threads=threads)
-        calibration = _calibration(texts, hessians, settings)
         device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
+        if not dry_run:
+            wanted = _wants_own_text(settings, given=bool(texts or hessians))
+            texts += own_text(checkpoint.directory, out, recipe, device, progress, wanted=wanted)
+        calibration = _calibration(texts, hessians, settings)
         run = ConversionRun(
             checkpoint, name, out, overwrite, calibration, options, device, vram_bytes, progress
         )
@@ -243,6 +254,16 @@ def _recipe(bits: float | None, recipe_file: Path | None, settings: dict[str, An
 def _tune_settings(settings: dict[str, Any]) -> dict[str, Any]:
     given = {"enabled": settings["tune"], "steps": settings["tune_steps"]}
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _wants_own_text(settings: dict[str, Any], *, given: bool) -> bool | None:
+    """Whether the model is to write the calibration text; None if it may, where it can."""
+    asked: bool | None = settings["own_text"]
+    if asked and given:
+        raise UsageError("--own-text means nothing beside --text and --hessians: leave one out")
+    if asked is not None:
+        return asked
+    return None if PRESETS[PresetName(settings["preset"])].own_text and not given else False
 
 
 def _calibration(

@@ -1,4 +1,4 @@
-"""Tune scales and norms of a whole quantized model by distillation: least KL(bf16 || quantized) on text.
+"""Tune scales, norms and routers of a quantized model by distillation: least KL(bf16 || quantized) on text.
 
 Source: knowledge distillation (arXiv 1503.02531) at temperature 1; Adam (arXiv 1412.6980), cosine schedule.
 A tenth of the windows is held out. It decides when to stop, and whether anything is changed at all. Every
@@ -94,8 +94,10 @@ class Distillation:
             for group in optimizer.param_groups:
                 group["lr"] = self._step_size(done)
             self._gradient(batch)
+            self._student.scales.collect()
             optimizer.step()
             optimizer.zero_grad()
+            self._student.scales.refresh()
             done += 1
             on_step(done, steps)
             if done % max(1, steps // _CHECKS) and done < steps:
@@ -107,6 +109,7 @@ class Distillation:
                 break
         for change, value in zip(self._changes, kept, strict=True):
             change.requires_grad_(False).copy_(value)
+        self._student.scales.refresh()
         return TuningReport(before, best, done, self._held.numel())
 
     @torch.no_grad()

@@ -111,7 +111,9 @@ class TuneSettings:
         steps: steps of the optimizer, at most.
         batch_tokens: calibration tokens of a step.
         window: tokens that are seen together; windows of the calibration sample are cut into such.
-        learning_rate: step size, relative to a scale or to a norm's root mean square.
+        learning_rate: step size at 2 bits, relative to a scale, or to the root mean square of a norm or a
+            router; a tenth of it at 4 bits.
+        routers: whether routers are tuned with scales and norms.
     """
 
     enabled: bool = False
@@ -119,6 +121,7 @@ class TuneSettings:
     batch_tokens: int = 2048
     window: int = 512
     learning_rate: float = 2e-3
+    routers: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,147 +1,55 @@
-"""A model whose code words are fixed while row scales and norms can learn.
+"""A model whose code words are fixed while row scales, norms and routers can learn.
 
 A quantized matrix is ``diag(scale) Q`` with Q what its code words stand for, so a product is ``(x Q^T) scale``:
-the gradient of the scales needs the outputs alone, and none is as large as a matrix. Forward passes see scales
-and norms rounded as the file stores them; gradients pass through the rounding unchanged (straight-through,
+the gradient of the scales needs the outputs alone, and none is as large as a matrix. Forward passes see all
+that learns rounded as the file stores it; gradients pass through the rounding unchanged (straight-through,
 arXiv 1308.3432).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint as checkpoint_gradient
 
 from ernieq.calibrate.narrow import ExactRouter
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.export import decode_rows
 from ernieq.convert.groups import EMBEDDING, HEAD
-from ernieq.encode.scales import SMALLEST_SCALE
-from ernieq.model import ErnieForCausalLM, ParameterRole, RmsNorm, expected_parameters
+from ernieq.convert.learnt import (
+    LearntWeight,
+    Recomputed,
+    ScaledEmbedding,
+    ScaledLinear,
+    TunableNorm,
+    TunableRouter,
+)
+from ernieq.convert.scale_bank import ScaleBank
+from ernieq.model import (
+    ErnieForCausalLM,
+    ModelConfig,
+    ParameterRole,
+    StackedExperts,
+    expected_parameters,
+)
 from ernieq.model.mlp import Router
 from ernieq.trellis import EncodedMatrix
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-class RowScale(nn.Module):
-    """Scales of the rows of a matrix, learnt as the logarithm of their change.
-
-    Args:
-        stored: (out_features,) float16, what the encoder found.
-        device: where it learns.
-    """
-
-    def __init__(self, stored: NDArray[np.float16], device: torch.device) -> None:
-        super().__init__()
-        self._stored = torch.from_numpy(stored.astype(np.float32)).to(device)
-        self.change = nn.Parameter(torch.zeros_like(self._stored))
-
-    def forward(self) -> Tensor:
-        """(out_features,) float32, each a positive number of float16 as long as the change is a number."""
-        scale = (self._stored * self.change.exp()).clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
-        return _as_stored(scale, torch.float16)
-
-    def rounded(self) -> NDArray[np.float16]:
-        """What the file stores, (out_features,)."""
-        scale: NDArray[np.float16] = self().detach().half().cpu().numpy()
-        return scale
-
-
-class ScaledLinear(nn.Module):
-    """Products with a quantized matrix.
-
-    Args:
-        values: (out_features, in_features), the decoded matrix with all scales 1; products have its dtype.
-        scale: of its rows.
-        bias: (out_features,), or None.
-    """
-
-    def __init__(self, values: Tensor, scale: RowScale, bias: Tensor | None) -> None:
-        super().__init__()
-        self._values, self._bias, self.scale = values, bias, scale
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
-        products = functional.linear(states.to(self._values.dtype), self._values)
-        output: Tensor = products.to(states.dtype) * self.scale()
-        return output if self._bias is None else output + self._bias
-
-
-class ScaledEmbedding(nn.Module):
-    """Rows of a quantized table, by number.
-
-    Args:
-        values: (vocabulary, width), the decoded table with all scales 1.
-        scale: of its rows.
-    """
-
-    def __init__(self, values: Tensor, scale: RowScale) -> None:
-        super().__init__()
-        self._values, self.scale = values, scale
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """(...) int64 to (..., width)."""
-        scales = functional.embedding(token_ids, self.scale()[:, None])  # (..., 1)
-        return functional.embedding(token_ids, self._values).float() * scales
-
-
-class TunableNorm(nn.Module):
-    """A norm whose weight learns relative to its own root mean square.
-
-    Args:
-        weight: (width,) float32, as in the source.
-        eps: of the model.
-        stored: dtype in which the source stores the weight.
-    """
-
-    def __init__(self, weight: Tensor, eps: float, stored: torch.dtype) -> None:
-        super().__init__()
-        with weight.device:
-            self._unit = RmsNorm(weight.numel(), eps).requires_grad_(False)
-        self._source, self._step, self._stored = weight, weight.square().mean().sqrt(), stored
-        self.change = nn.Parameter(torch.zeros_like(weight))
-
-    def weight(self) -> Tensor:
-        """(width,) float32, each a number of the source's dtype."""
-        return _as_stored(self._source + self._step * self.change, self._stored)
-
-    def rounded(self) -> Tensor:
-        """What the file stores, (width,) in the source's dtype."""
-        return self.weight().detach().to(self._stored).cpu()
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., width) to the same."""
-        output: Tensor = self.weight() * self._unit(states)
-        return output
-
-
-class Recomputed(nn.Module):
-    """A decoder layer whose activations are computed again for the gradient, and not held until then."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._layer = layer
-
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], _cache: None = None) -> Tensor:
-        """As the layer itself, without a cache."""
-        output: Tensor = checkpoint_gradient(self._layer, hidden, rotary, use_reentrant=False)
-        return output
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class TunableModel:
     """The quantized model, and what of it can learn.
 
     Args:
-        checkpoint: the source; norms, router and whatever else is not quantized come from it.
+        checkpoint: the source; whatever is not quantized comes from it.
         matrices: module name -> what the encoder found.
         device: where the model lies.
+        routers: whether routers learn too.
         narrow: whether the matrices of the layers are held and multiplied in bfloat16, and layers compute twice
             rather than hold their activations: for a model that would not fit otherwise.
     """
@@ -152,22 +60,24 @@ class TunableModel:
         matrices: Mapping[str, EncodedMatrix],
         device: torch.device,
         *,
+        routers: bool = True,
         narrow: bool = False,
     ) -> None:
-        self._device = device
-        self.scales = {name: RowScale(matrix.scale, device) for name, matrix in matrices.items()}
-        self.norms: dict[str, TunableNorm] = {}
+        self._device, self._matrices, self._narrow = device, matrices, narrow
         with torch.device("meta"):
             self.model = ErnieForCausalLM(checkpoint.config).requires_grad_(False)
-        self._fill(checkpoint)
-        for name, matrix in matrices.items():
-            # 8 bits of a logit would be too few: embedding and head stay wide.
-            rounded = narrow and name not in (EMBEDDING, HEAD)
-            values = _unit_rows(matrix, torch.bfloat16 if rounded else torch.float32).to(device)
-            _replace_matrix(self.model, name, values, self.scales[name])
-        for name, router in list(self.model.named_modules()):
-            if isinstance(router, Router):
-                _put(self.model, name, ExactRouter(router))
+        stacks = _stacks(checkpoint.config, matrices) if device.type == "cuda" else {}
+        stacked = [block for blocks in stacks.values() for block in blocks]
+        together = {name for block in stacked for name in block}
+        single = [name for name in matrices if name not in together]
+        stored = {name: matrix.scale for name, matrix in matrices.items()}
+        self.scales = ScaleBank(stored, [*([name] for name in single), *stacked], device)
+        self.weights: dict[str, LearntWeight] = {}
+        self._fill(checkpoint, {ParameterRole.NORM} | ({ParameterRole.ROUTER} if routers else set()))
+        for name in single:
+            self._put_matrix(name)
+        for path, blocks in stacks.items():
+            self._put_stack(path, blocks)
         if narrow:
             for index, layer in enumerate(self.model.model.layers):
                 self.model.model.layers[index] = Recomputed(layer)
@@ -184,46 +94,70 @@ class TunableModel:
 
     def changes(self) -> Iterator[nn.Parameter]:
         """All that learns: zero where nothing has changed."""
-        yield from (scale.change for scale in self.scales.values())
-        yield from (norm.change for norm in self.norms.values())
+        yield self.scales.change
+        yield from (weight.change for weight in self.weights.values())
 
-    def _fill(self, checkpoint: Checkpoint) -> None:
+    def _fill(self, checkpoint: Checkpoint, learning: Collection[ParameterRole]) -> None:
         """Load whatever is not quantized, in float32."""
+        eps = checkpoint.config.rms_norm_eps
         for name, spec in expected_parameters(checkpoint.config).items():
             module = name.removesuffix(".weight")
-            if module in self.scales:
+            if module in self._matrices:
                 continue
             tensor = checkpoint.parameter(name, spec, torch.float32).to(self._device)
+            if spec.role in learning:
+                weight = LearntWeight(tensor, _DTYPES[checkpoint.info(name).dtype])
+                self.weights[name] = weight
+                norm = spec.role is ParameterRole.NORM
+                _put(self.model, module, TunableNorm(weight, eps) if norm else TunableRouter(weight))
+                continue
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-            if spec.role is ParameterRole.NORM:
-                stored, eps = _DTYPES[checkpoint.info(name).dtype], checkpoint.config.rms_norm_eps
-                self.norms[name] = TunableNorm(tensor, eps, stored)
-                _put(self.model, module, self.norms[name])
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, Router):
+                _put(self.model, name, ExactRouter(module))
         checkpoint.release()
         if checkpoint.config.tie_word_embeddings:
             self.model.tie_head()
 
+    def _put_matrix(self, name: str) -> None:
+        values, scale = self._values(name), self.scales.leaf([name])
+        if name != EMBEDDING:
+            _put(self.model, name, ScaledLinear(values, scale, _bias(self.model, name)))
+            return
+        self.model.model.embed_tokens = ScaledEmbedding(values, scale)
+        if self.model.config.tie_word_embeddings:
+            self.model.lm_head = ScaledLinear(values, scale, _bias(self.model, HEAD))
 
-def _as_stored(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value + (value.to(dtype).to(value.dtype) - value).detach()
+    def _put_stack(self, path: str, blocks: Sequence[Sequence[str]]) -> None:
+        gate, up, down = (torch.stack([self._values(name) for name in block]) for block in blocks)
+        scales = [self.scales.leaf(block) for block in blocks]
+        _put(self.model, path, StackedExperts((gate, up, down), (scales[0], scales[1], scales[2])))
+
+    def _values(self, name: str) -> Tensor:
+        """The decoded matrix in the model's own basis with all scales 1."""
+        # 8 bits of a logit would be too few: embedding and head stay wide.
+        narrow = self._narrow and name not in (EMBEDDING, HEAD)
+        matrix = self._matrices[name]
+        unit = dataclasses.replace(matrix, scale=np.ones_like(matrix.scale))
+        dtype = torch.bfloat16 if narrow else torch.float32
+        return torch.cat([rows.to(dtype) for rows in decode_rows(unit)]).to(self._device)
 
 
-def _unit_rows(matrix: EncodedMatrix, dtype: torch.dtype) -> Tensor:
-    """The decoded matrix in the model's own basis with all scales 1."""
-    unit = dataclasses.replace(matrix, scale=np.ones_like(matrix.scale))
-    return torch.cat([rows.to(dtype) for rows in decode_rows(unit)])
+def _stacks(config: ModelConfig, matrices: Mapping[str, EncodedMatrix]) -> dict[str, list[list[str]]]:
+    """Paths of the routed experts of layers, all of which are quantized -> their matrices by projection."""
+    stacks = {}
+    for index in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+        path, experts = f"model.layers.{index}.mlp.experts", range(config.moe_num_experts)
+        blocks = [[f"{path}.{expert}.{name}" for expert in experts] for name in _PROJECTIONS]
+        if all(name in matrices for block in blocks for name in block):
+            stacks[path] = blocks
+    return stacks
 
 
-def _replace_matrix(model: ErnieForCausalLM, name: str, values: Tensor, scale: RowScale) -> None:
-    if name != EMBEDDING:
-        bias = model.get_submodule(name).bias
-        _put(model, name, ScaledLinear(values, scale, bias if isinstance(bias, Tensor) else None))
-        return
-    model.model.embed_tokens = ScaledEmbedding(values, scale)
-    if model.config.tie_word_embeddings:
-        bias = model.lm_head.bias
-        model.lm_head = ScaledLinear(values, scale, bias if isinstance(bias, Tensor) else None)
+def _bias(model: ErnieForCausalLM, name: str) -> Tensor | None:
+    bias = model.get_submodule(name).bias
+    return bias if isinstance(bias, Tensor) else None
 
 
 def _put(model: ErnieForCausalLM, name: str, module: nn.Module) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.distill import Distillation, TuningReport
-from ernieq.convert.recipe import Recipe
+from ernieq.convert.groups import EMBEDDING, HEAD
+from ernieq.convert.recipe import Recipe, TuneSettings
 from ernieq.convert.teacher import Teacher
 from ernieq.convert.tunable import TunableModel
 from ernieq.convert.workplace import Workplace
@@ -45,7 +46,7 @@ class Tuned:
 
     Args:
         matrices: module name -> matrix with the same code words, in the order in which they were encoded.
-        tensors: source name -> tensors that are no longer the source's (norms), in its dtype.
+        tensors: source name -> tensors that are no longer the source's (norms and routers), in its dtype.
         report: what tuning did, unless there was none.
         untuned: why there was none.
     """
@@ -75,7 +76,7 @@ def tune_model(
     workplace: Workplace,
     on_step: Callable[[int, int], None] = lambda *_: None,
 ) -> Tuned:
-    """Tune row scales and norms of a quantized model by distillation; code words stay as they are.
+    """Tune row scales, norms and routers of a quantized model by distillation; code words stay as they are.
 
     On a CPU in float32; on a GPU in bfloat16 where float32 would not fit.
 
@@ -96,18 +97,29 @@ def tune_model(
     try:
         with float32_products(device, tensor_cores=True):
             teacher = Teacher(checkpoint, windows, device)
-            student = TunableModel(checkpoint, matrices, device, narrow=narrow)
-            report = Distillation(teacher, student, windows, recipe.tune, recipe.seed).run(on_step)
+            student = TunableModel(checkpoint, matrices, device, routers=recipe.tune.routers, narrow=narrow)
+            settings = dataclasses.replace(recipe.tune, learning_rate=_step_size(recipe.tune, matrices))
+            report = Distillation(teacher, student, windows, settings, recipe.seed).run(on_step)
     except torch.OutOfMemoryError:  # hours of encoding are not thrown away for it
         return Tuned(matrices, untuned="the GPU's memory ran out")
     if not report.gained:
         return Tuned(matrices, report=report)
     scaled = {
-        name: dataclasses.replace(matrix, scale=student.scales[name].rounded())
+        name: dataclasses.replace(matrix, scale=student.scales.rounded(name))
         for name, matrix in matrices.items()
     }
-    norms = {name: _raw(checkpoint.info(name).dtype, norm.rounded()) for name, norm in student.norms.items()}
-    return Tuned(scaled, norms, report)
+    weights = {
+        name: _raw(checkpoint.info(name).dtype, weight.rounded()) for name, weight in student.weights.items()
+    }
+    return Tuned(scaled, weights, report)
+
+
+def _step_size(settings: TuneSettings, matrices: Mapping[str, EncodedMatrix]) -> float:
+    """The step size for the mean rate of a decoder: a tenth for two bits more, as errors are smaller there."""
+    decoder = [matrix for name, matrix in matrices.items() if name not in (EMBEDDING, HEAD)]
+    weights = [matrix.packed.size / matrix.code.bits_per_weight for matrix in decoder]
+    bits = sum(matrix.packed.size for matrix in decoder) / sum(weights) if decoder else 2.0
+    return settings.learning_rate * 10 ** ((2 - bits) / 2)
 
 
 def _fits(model_bytes: int, workplace: Workplace) -> bool:

@@ -35,7 +35,7 @@ class Sampler:
         if logits.is_cuda:
             return self.read(self.draw(logits))
         if not torch.isfinite(logits).all():
-            raise _damaged()
+            raise damaged()
         if self._temperature == 0:
             return int(logits.argmax())
         kept, tokens = self._kept(logits)
@@ -63,7 +63,7 @@ class Sampler:
         """
         number = int(token)
         if number == _DAMAGED:
-            raise _damaged()
+            raise damaged()
         return number
 
     def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,5 +80,6 @@ class Sampler:
         return self._generator
 
 
-def _damaged() -> NonFiniteError:
+def damaged() -> NonFiniteError:
+    """The error of logits that are not finite."""
     return NonFiniteError("the model's logits contain NaN or infinite numbers: its weights are damaged")

@@ -16,6 +16,7 @@ from ernieq.model.config import ModelConfig
 from ernieq.model.mlp import Experts, Mlp, Routing, SparseMlp
 from ernieq.model.parameters import ParameterRole, ParameterSpec, expected_parameters, layer_parameters
 from ernieq.model.rotary import Rotary
+from ernieq.model.stacked import StackedExperts
 from ernieq.model.transformer import Decoder, DecoderLayer, ErnieForCausalLM, RmsNorm
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Rotary",
     "Routing",
     "SparseMlp",
+    "StackedExperts",
     "expected_parameters",
     "layer_parameters",
 ]

@@ -25,7 +25,7 @@ def test_balanced_is_the_default_recipe() -> None:
 def test_presets_order_time_and_text() -> None:
     fast, balanced, best = (preset_recipe(name) for name in PresetName)
     assert fast.encode.first_pass_steps < balanced.encode.first_pass_steps == best.encode.first_pass_steps
-    assert [recipe.calibration.windows for recipe in (fast, balanced, best)] == [32, 64, 200]
+    assert [recipe.calibration.windows for recipe in (fast, balanced, best)] == [32, 64, 460]
     assert [recipe.tune.enabled for recipe in (fast, balanced, best)] == [False, False, True]
 
 
@@ -40,7 +40,7 @@ def test_the_docstring_s_table_says_what_the_presets_hold() -> None:
         str(name): (
             "full" if preset.first_pass_steps == full else "short",
             preset.windows,
-            "tuned" if preset.tune else "as rounded",
+            "tuned" if preset.tune_steps else "as rounded",
         )
         for name, preset in PRESETS.items()
     }
