@@ -79,7 +79,7 @@ def command(
         documents = write_own_text(
             model_directory(model), out, tokens, device, seed, progress, temperature=temperature
         )
-    click.echo(f"wrote {out}: {documents:,} documents", err=True)
+    click.echo(f"wrote {out}: {documents:,} documents")
 
 
 def write_own_text(
