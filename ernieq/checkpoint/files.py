@@ -12,6 +12,7 @@ from ernieq.errors import CheckpointError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_FILE = "ernieq.json"  # of a packed checkpoint
 
 # Files that go with the weights into a converted checkpoint, as patterns of fnmatch; none lies in a folder.
 AUX_PATTERNS = (
@@ -99,4 +100,6 @@ def _no_weights(directory: Path) -> str:
         path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pdparams", ".gguf"}
     )
     found = f"; it holds {other[0]}, which ernieq does not read" if other else ""
+    if other and other[0].endswith(".pdparams"):
+        found = f"; {other[0]} is a pickle, which could run code: have FastDeploy or Paddle write safetensors"
     return f"{directory} holds no weights: {SINGLE_FILE} or {INDEX_FILE} is needed{found}"

@@ -22,6 +22,7 @@ SECTIONS = (
             CommandEntry("quantize", "Write a checkpoint at 1.5 to 6 bits per weight."),
             CommandEntry("calibrate", "Run texts through a model and report what its experts saw."),
             CommandEntry("export", "Write the decoded weights as an ordinary checkpoint."),
+            CommandEntry("import-wint2", "Read Baidu's 2-bit files of FastDeploy."),
         ),
     ),
     CommandSection(
@@ -36,6 +37,7 @@ SECTIONS = (
         "Use",
         (
             CommandEntry("generate", "Complete a prompt."),
+            CommandEntry("push", "Upload a packed checkpoint to the Hugging Face hub."),
             CommandEntry("bench", "Measure the speed of prompts and of what follows them."),
         ),
     ),

@@ -121,10 +121,9 @@ def seed_option(function: Function) -> Function:
 
 def model_directory(path: str) -> Path:
     """The directory of PATH: itself, a bundled model's, or what was fetched of a hub id."""
-    from ernieq.checkpoint import open_checkpoint
+    from ernieq.checkpoint import locate
 
-    directory = Path(resolve_source(path))
-    return directory if directory.exists() else open_checkpoint(path).directory
+    return locate(resolve_source(path))[0]
 
 
 def print_json(value: Any) -> None:
