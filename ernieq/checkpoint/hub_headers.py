@@ -14,7 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from ernieq.checkpoint.hub import fetch_small_files, looks_like_hub_id, weight_files
+from ernieq.checkpoint.hub import fetch_small_files, locate, looks_like_hub_id, weight_files
 from ernieq.checkpoint.hub_errors import hub_sentence
 from ernieq.errors import CheckpointError
 
@@ -34,10 +34,11 @@ def header_directory(source: str | Path, revision: str | None = None) -> Iterato
         The directory; one that was made for a hub id is removed at the end.
 
     Raises:
-        CheckpointError: the hub can't be reached or has no such checkpoint.
+        CheckpointError: the path is no directory, or the hub can't be reached or has no such checkpoint.
+        UsageError: a revision was given for a local directory.
     """
     if Path(source).exists() or not looks_like_hub_id(str(source)):
-        yield Path(source)
+        yield locate(source, revision=revision)[0]
         return
     small, commit = fetch_small_files(str(source), revision)
     with tempfile.TemporaryDirectory(prefix="ernieq-headers-") as made:
@@ -51,19 +52,20 @@ def header_directory(source: str | Path, revision: str | None = None) -> Iterato
 
 def _write_head(target: Path, remote: str, repository: str) -> None:
     try:
-        files = huggingface_hub.HfFileSystem()
-        size = int(files.info(remote)["size"])
-        length = files.cat_file(remote, start=0, end=_PREFIX_BYTES)
-        end = _PREFIX_BYTES + int.from_bytes(length, "little")
-        if end > min(size, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{target.name} of {repository} is truncated or no safetensors file")
-        header = files.cat_file(remote, start=_PREFIX_BYTES, end=end)
+        # Without a cache the client asks for the bytes that are read and no more.
+        with huggingface_hub.HfFileSystem().open(remote, "rb", cache_type="none") as file:
+            size = int(file.size)
+            length = bytes(file.read(_PREFIX_BYTES))
+            header_bytes = int.from_bytes(length, "little")
+            if header_bytes > min(size - _PREFIX_BYTES, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{target.name} of {repository} is truncated or no safetensors file")
+            header = bytes(file.read(header_bytes))
     except CheckpointError:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{repository} on the hub holds no {target.name}") from None
     except Exception as error:  # the library and its HTTP client share no base class
         raise CheckpointError(hub_sentence(error, repository)) from error
-    with target.open("wb") as file:
-        file.write(length + header)
-        file.truncate(size)
+    with target.open("wb") as copy:
+        copy.write(length + header)
+        copy.truncate(size)

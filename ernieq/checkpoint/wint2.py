@@ -24,8 +24,9 @@ GROUPS_PER_BYTE = 2
 _SHIFTS = (9, 6, 3, 0)
 _WEIGHT_MASK, _WEIGHT_MIDDLE = 63, 32
 _SCALE_MASK, _SCALE_BITS = 15, 4
-# FastDeploy's kernels hold the code word in 16 bits or 32; where they would differ nothing can be meant.
-_LARGEST_CODE = 2**15 - 1
+# Below this, float32 holds every whole number and every half: the rounding is the one that is meant. Only the low
+# 15 bits of a code word count.
+_LARGEST_CODE = 2**22
 
 
 def decode_wint2(
@@ -45,7 +46,7 @@ def decode_wint2(
         float32, rounded after the product and after each sum.
 
     Raises:
-        CheckpointError: a scale is not finite, or a code word has more than 16 bits.
+        CheckpointError: a scale is not finite, or a code word is so large that float32 can't round it.
     """
     scale, zero_point = code_scale.float(), code_zp.float()
     _check_scales(scale, zero_point, super_scale)
@@ -76,5 +77,6 @@ def _check_scales(code_scale: Tensor, code_zp: Tensor, super_scale: Tensor) -> N
         raise CheckpointError("a code_scale, code_zp or super_scales is NaN or infinite; get the file again")
     if ends.abs().max() > _LARGEST_CODE:
         raise CheckpointError(
-            f"code_scale and code_zp make code words up to {float(ends.abs().max()):.6g}; WINT2 has 16 bits"
+            f"code_scale and code_zp make code words up to {float(ends.abs().max()):.6g}; only 15 bits of one "
+            "count"
         )

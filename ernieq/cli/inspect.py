@@ -52,7 +52,7 @@ def command(path: str, as_json: bool) -> None:
 
     version = None
     with header_directory(resolve_source(path)) as directory:
-        if directory.is_dir() and is_packed(directory):
+        if is_packed(directory):
             config, stored, file_bytes, version = _packed(directory)
         else:
             config, stored, file_bytes = _plain(directory)

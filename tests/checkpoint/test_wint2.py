@@ -65,12 +65,12 @@ def test_some_output_channels_decode_as_in_the_whole_matrix() -> None:
     assert torch.equal(decode_wint2(*(part[..., 3:5] for part in parts)), decode_wint2(*parts)[3:5])
 
 
-@pytest.mark.parametrize(("part", "number"), [(2, float("nan")), (3, float("inf")), (4, 1e6), (3, 1e4)])
+@pytest.mark.parametrize(("part", "number"), [(2, float("nan")), (3, float("inf")), (4, 1e8), (3, 1e6)])
 def test_scales_that_make_no_code_are_refused(part: int, number: float) -> None:
     parts = list(Wint2Matrix.random(128, 4, 5).tensors("m").values())
     parts[part] = parts[part].clone()
     parts[part][2] = number
-    with pytest.raises(CheckpointError, match=r"NaN or infinite|16 bits"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinite|15 bits"):
         decode_wint2(*parts)
 
 
