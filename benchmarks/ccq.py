@@ -40,7 +40,8 @@ class Codebook:
         """(256, 4) integers."""
         scale, zero_point = np.float32(self.code_scale), np.float32(self.code_zp)
         codes = np.floor(np.arange(256, dtype=np.float32) * scale + zero_point + np.float32(0.5))
-        return (((codes.astype(np.int64)[:, None] >> SHIFTS) & 63) - 32).astype(np.float32)
+        words: Array = (((codes.astype(np.int64)[:, None] >> SHIFTS) & 63) - 32).astype(np.float32)
+        return words
 
 
 def nearest(quads: Array, words: Array) -> tuple[NDArray[np.int64], Array]:

@@ -18,7 +18,7 @@ The input is never written to.
 from __future__ import annotations
 
 from ernieq.checkpoint.checkpoint import Checkpoint, SourceAudit, TensorInfo, open_checkpoint
-from ernieq.checkpoint.fastdeploy import FastDeployCheckpoint, open_fastdeploy
+from ernieq.checkpoint.fastdeploy import FastDeployCheckpoint, is_fastdeploy, open_fastdeploy
 from ernieq.checkpoint.hub import locate
 from ernieq.checkpoint.hub_headers import header_directory
 from ernieq.checkpoint.input_order import InputOrder
@@ -32,6 +32,7 @@ __all__ = [
     "SourceAudit",
     "TensorInfo",
     "header_directory",
+    "is_fastdeploy",
     "load_embedding",
     "load_final_norm",
     "load_head",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernieq.checkpoint.files import CONFIG_FILE, aux_files, open_shards
+from ernieq.checkpoint.files import CONFIG_FILE, aux_files, is_wint2_config, open_shards
 from ernieq.checkpoint.hub import OnProgress, locate
 from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.shard import Shard, ShardEntry
@@ -250,7 +250,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         needed = "a bf16, fp16 or fp32 checkpoint is needed"
-        if isinstance(quantization, dict) and quantization.get("quantization") == "wint2":
+        if is_wint2_config(raw):
             method, needed = "FastDeploy, wint2", "ernieq import-wint2 reads it"
         raise UnsupportedModelError(f"{directory} is quantized already (by {str(method)[:60]!a}); {needed}")
     return raw

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ernieq.checkpoint.checkpoint import Checkpoint, TensorInfo
 from ernieq.checkpoint.fastdeploy_layout import UNSLICED, FastDeployLayout, Storage, StoredTensor
-from ernieq.checkpoint.files import CONFIG_FILE
+from ernieq.checkpoint.files import CONFIG_FILE, is_wint2_config
 from ernieq.checkpoint.hub import OnProgress, locate
 from ernieq.checkpoint.input_order import InputOrder, told_by_channels
 from ernieq.checkpoint.json_object import read_json_object
@@ -161,6 +161,12 @@ def open_fastdeploy(
     """
     directory, commit = locate(source, revision=revision, on_progress=on_progress)
     return FastDeployCheckpoint(directory, str(source), commit, order)
+
+
+def is_fastdeploy(directory: Path) -> bool:
+    """Whether the directory's ``config.json`` speaks of WINT2."""
+    path = directory / CONFIG_FILE
+    return path.is_file() and is_wint2_config(read_json_object(path))
 
 
 def _ordinary_config(directory: Path) -> dict[str, Any]:

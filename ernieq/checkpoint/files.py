@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.shard import Shard
@@ -33,6 +34,12 @@ def aux_files(directory: Path) -> list[Path]:
     """Tokenizer, generation settings and chat template of a directory, by name."""
     found = {path for pattern in AUX_PATTERNS for path in directory.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def is_wint2_config(raw: dict[str, Any]) -> bool:
+    """Whether a configuration says that FastDeploy's WINT2 was used."""
+    quantization = raw.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quantization") == "wint2"
 
 
 def read_weight_map(path: Path) -> dict[str, str]:

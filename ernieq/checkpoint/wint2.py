@@ -24,8 +24,8 @@ GROUPS_PER_BYTE = 2
 _SHIFTS = (9, 6, 3, 0)
 _WEIGHT_MASK, _WEIGHT_MIDDLE = 63, 32
 _SCALE_MASK, _SCALE_BITS = 15, 4
-# Below this, float32 holds every whole number and every half: the rounding is the one that is meant. Only the low
-# 15 bits of a code word count.
+# Below this, float32 holds every whole number and every half: the rounding is the one that is meant. Only the
+# low 15 bits of a code word count.
 _LARGEST_CODE = 2**22
 
 

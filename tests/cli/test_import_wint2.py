@@ -79,6 +79,12 @@ def test_a_packed_import_is_whole_and_near_what_it_came_from(source: Path, tmp_p
     assert float((plain.exp() * (plain - packed)).sum(-1).mean()) < 0.1
 
 
+def test_the_files_themselves_can_be_run_as_what_they_stand_for(source: Path, tmp_path: Path) -> None:
+    assert run(source, "--out", tmp_path / "plain").exit_code == 0
+    tokens = torch.arange(3, 20)[None]
+    assert torch.equal(ernieq.load_model(source)(tokens), ernieq.load_model(tmp_path / "plain")(tokens))
+
+
 def test_input_order_changes_what_is_read(source: Path, tmp_path: Path) -> None:
     for order in ("plain", "kernel"):
         assert run(source, "--out", tmp_path / order, "--input-order", order).exit_code == 0

@@ -91,7 +91,8 @@ def test_who_looks_at_headers_only_fetches_no_weights(
 
 
 def same_but_for_names(output: str) -> dict[str, object]:
-    return json.loads(output) | {"path": "", "out": "", "seconds": 0}
+    found: dict[str, object] = json.loads(output)
+    return found | {"path": "", "out": "", "seconds": 0}
 
 
 @pytest.mark.parametrize(
