@@ -1,11 +1,12 @@
 """A small Hugging Face hub on this machine, so that the real client can be watched without a network.
 
-It serves directories as repositories: the model's description, lists of files, and files with byte ranges, as
-far as fetching a checkpoint needs them.
+It serves directories as repositories: the model's description, lists of files, and files with byte ranges; and
+it takes commits of small files. That is as much as fetching and pushing a checkpoint needs.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -19,6 +20,9 @@ from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree|paths-info)/([^/?]+)/?([^?]*)")
+_PUSH = re.compile(
+    r"/api/(?:repos/create|validate-yaml|models/([^/]+/[^/]+)/(preupload|commit|branch)/([^/?]+))"
+)
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)")
 
 
@@ -30,11 +34,13 @@ class LocalHub:
         repositories: directory by id.
         gated: ids whose files are refused.
         sent: bytes of file contents that went out, by file name.
+        commits: what came in, for each commit its revision and files.
     """
 
     repositories: dict[str, Path]
     gated: set[str] = field(default_factory=set)
     sent: dict[str, int] = field(default_factory=dict)
+    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
     endpoint: str = ""
 
     @contextmanager
@@ -75,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, *, with_body: bool) -> None:
-        if match := _API.match(self.path):
+        if match := _PUSH.match(self.path):
+            self._push(*match.groups())
+        elif match := _API.match(self.path):
             repository, kind, revision, path = match.groups()
             if directory := self._repository(repository, revision):
                 self._describe(repository, directory, kind, path)
@@ -113,6 +121,25 @@ class _Handler(BaseHTTPRequestHandler):
                 for file in files
                 if wanted is None or file.name in wanted
             ]
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def _push(self, repository: str | None, step: str | None, revision: str | None) -> None:
+        """Answer the steps of a commit; every file is to come in the commit itself, none apart from it."""
+        checked: dict[str, Any] = {"warnings": [], "errors": []}  # of the model card
+        answer = checked | {"url": f"{self.served.endpoint}/org/pushed", "id": "org/pushed"}
+        if step == "preupload":
+            files = json.loads(self._body)["files"]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **modes} for file in files]}
+        elif step == "commit":
+            lines = [json.loads(line) for line in self._body.splitlines()]
+            files = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            self.served.commits.append((str(revision), files))
+            answer = {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.served.endpoint}/{repository}"}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _file(self, file: Path, with_body: bool) -> None:

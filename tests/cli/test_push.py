@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,10 @@ from ernieq.cli import main
 from tests.pack.packed_model import pack_model, source_model
 
 TOKEN = "hf_secret_of_a_test"
-REAL_API = huggingface_hub.HfApi
+SIGNATURES = {
+    call: inspect.signature(getattr(huggingface_hub.HfApi, call))
+    for call in ("create_repo", "repo_info", "create_branch", "create_commit")
+}
 
 
 class FakeApi:
@@ -31,7 +35,10 @@ class FakeApi:
         pass
 
     def _note(self, call: str, **details: Any) -> None:
-        assert hasattr(REAL_API, call)
+        arguments = {
+            name: value for name, value in details.items() if name not in ("repository", "sent", "message")
+        }
+        SIGNATURES[call].bind_partial(None, "user/name", **arguments)
         FakeApi.calls.append((call, details))
         if FakeApi.refusal and FakeApi.refusal[0] == call:
             raise FakeApi.refusal[1]

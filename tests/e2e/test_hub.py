@@ -25,6 +25,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     shutil.copytree(directory / "source", directory / "gated")
     for name in UNWANTED:
         (directory / "source" / name).write_bytes(b"not wanted")
+    (directory / "packed" / "README.md").write_text("# A model card\n")
     (directory / "packed" / "notes.txt").write_bytes(b"not wanted")
     repositories = {f"org/{name}": directory / name for name in ("source", "packed", "gated")}
     with LocalHub(repositories, gated={"org/gated"}).running() as hub:
@@ -65,7 +66,8 @@ def test_a_packed_checkpoint_is_fetched_whole_and_nothing_else(ernieq: Ernieq, h
     verified = ernieq("verify", "org/packed", "--json")
     assert verified.returncode == 0, verified.stderr
     packed = hub.repositories["org/packed"]
-    wanted = {path.name: path.stat().st_size for path in packed.iterdir() if path.name != "notes.txt"}
+    kept_there = ("notes.txt", "README.md")
+    wanted = {path.name: path.stat().st_size for path in packed.iterdir() if path.name not in kept_there}
     assert hub.sent == wanted
     hub.sent.clear()
     exported = ernieq("export", "org/packed", "--out", "plain")
@@ -111,6 +113,17 @@ def test_what_the_hub_refuses_is_one_sentence(ernieq: Ernieq, arguments: tuple[s
     assert refused.returncode == 3
     assert refused.stderr.count("\n") == 1
     assert words in refused.stderr
+
+
+def test_what_is_pushed_is_what_the_directory_holds(ernieq: Ernieq, hub: LocalHub) -> None:
+    directory = hub.repositories["org/packed"]
+    ernieq.environment["HF_TOKEN"] = "hf_of_a_test"
+    pushed = ernieq("push", str(directory), "org/pushed", "--revision", "first")
+    assert pushed.returncode == 0, pushed.stderr
+    assert "hf_of_a_test" not in pushed.stdout + pushed.stderr
+    (revision, files), *others = hub.commits
+    assert (revision, others) == ("first", [])
+    assert files == {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "notes.txt"}
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(ernieq: Ernieq) -> None:
