@@ -48,10 +48,7 @@ class FastDeployCheckpoint(Checkpoint):
     def __init__(
         self, directory: Path, source: str, revision: str | None = None, order: InputOrder | None = None
     ) -> None:
-        if (directory / "rank0").is_dir():
-            raise CheckpointError(
-                f"{directory} is cut into slices for several GPUs; take the whole checkpoint, {UNSLICED}"
-            )
+        _refuse_slices(directory)
         super().__init__(directory, source, revision, raw_config=_ordinary_config(directory))
         found = {name: super(FastDeployCheckpoint, self).info(name) for name in super().names()}
         layout = FastDeployLayout(expected_parameters(self.config), found, directory)
@@ -167,6 +164,16 @@ def is_fastdeploy(directory: Path) -> bool:
     """Whether the directory's ``config.json`` speaks of WINT2."""
     path = directory / CONFIG_FILE
     return path.is_file() and is_wint2_config(read_json_object(path))
+
+
+def _refuse_slices(directory: Path) -> None:
+    """Say where the whole checkpoint is: one for several GPUs has its weights in ``rank0``, ``rank1``, ..."""
+    whole = [*directory.glob("*.safetensors"), *directory.glob("*.pdparams")]
+    if not whole or (directory / "rank0").is_dir():
+        raise CheckpointError(
+            f"{directory} holds no whole checkpoint (those cut into slices for several GPUs are not read); "
+            f"take {UNSLICED}"
+        )
 
 
 def _ordinary_config(directory: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ernieq.errors import CheckpointError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MANIFEST_FILE = "ernieq.json"  # of a packed checkpoint
+MANIFEST_FILE = "ernieq.json"  # of a packed checkpoint; its home, ernieq/pack/layout.py, is a rung above
 
 # Files that go with the weights into a converted checkpoint, as patterns of fnmatch; none lies in a folder.
 AUX_PATTERNS = (
