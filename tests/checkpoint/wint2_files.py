@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +125,13 @@ class Wint2Files:
     """
 
     def __init__(self, *, kernel_order: bool = False, prefix: str = "ernie.") -> None:
-        self.stored: dict[str, Tensor] = {}
-        self.meant = tiny_tensors(OPTIONS)
+        made = _made(kernel_order)
+        self.stored = {
+            name.replace("ernie.", prefix, 1): tensor.contiguous().clone()
+            for name, tensor in made.stored.items()
+        }
+        self.meant = dict(made.meant)
         self.config: dict[str, Any] = tiny_config(OPTIONS) | {"quantization_config": QUANTIZATION}
-        self._kernel_order, self._prefix, self._seed = kernel_order, prefix, 0
-        for name in list(self.meant):
-            self._store(name)
-        self._let_norms_tell()
 
     def write(self, directory: Path) -> Path:
         directory.mkdir(parents=True)
@@ -139,8 +140,25 @@ class Wint2Files:
         write_tokenizer(directory, OPTIONS.vocabulary)
         return directory
 
+
+@lru_cache(maxsize=2)
+def _made(kernel_order: bool) -> _Maker:
+    return _Maker(kernel_order)
+
+
+class _Maker:
+    """Stores a model, tensor by tensor, and notes what was stored."""
+
+    def __init__(self, kernel_order: bool) -> None:
+        self.stored: dict[str, Tensor] = {}
+        self.meant = tiny_tensors(OPTIONS)
+        self._kernel_order, self._seed = kernel_order, 0
+        for name in list(self.meant):
+            self._store(name)
+        self._let_norms_tell()
+
     def _store(self, name: str) -> None:
-        tensor, paddle = self.meant[name], self._prefix + name.removeprefix("model.")
+        tensor, paddle = self.meant[name], "ernie." + name.removeprefix("model.")
         stem = paddle.rpartition(".")[0]
         parent, _, part = stem.rpartition(".")
         if name == "lm_head.weight":
@@ -183,4 +201,4 @@ class Wint2Files:
             norm = torch.stack(gates).double().square().mean(dim=(0, 1)).sqrt()
             norm = (norm / norm.mean()).to(torch.bfloat16)
             self.meant[f"model.layers.{layer}.post_attention_layernorm.weight"] = norm
-            self.stored[f"{self._prefix}layers.{layer}.post_attention_layernorm.weight"] = norm
+            self.stored[f"ernie.layers.{layer}.post_attention_layernorm.weight"] = norm
