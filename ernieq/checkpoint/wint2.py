@@ -50,13 +50,17 @@ def decode_wint2(
     """
     scale, zero_point = code_scale.float(), code_zp.float()
     _check_scales(scale, zero_point, super_scale)
-    code = (packed.T.float() * scale[:, None] + zero_point[:, None] + 0.5).floor().to(torch.int32)
-    shifts = torch.tensor(_SHIFTS, dtype=torch.int32)
-    values = ((code[:, :, None] >> shifts) & _WEIGHT_MASK) - _WEIGHT_MIDDLE  # (out, in / 4, 4)
+    code = (
+        (packed.T.float() * scale[:, None] + zero_point[:, None] + 0.5).floor().to(torch.int32)
+    )  # (out, in / 4)
     nibbles = torch.stack((local_scale >> _SCALE_BITS, local_scale & _SCALE_MASK), dim=1)  # (in / 128, 2, out)
-    scales = nibbles.flatten(0, 1).T[:, :, None]  # (out, in / 64, 1)
-    scaled = (values.reshape(len(scale), -1, GROUP) * scales).flatten(1)  # integers: no minus zero
-    return scaled.float() * super_scale.float()[:, None]
+    scales = nibbles.flatten(0, 1).T.to(torch.int32)[:, :, None]  # (out, in / 64, 1)
+    weight = torch.empty((*code.shape, WEIGHTS_PER_BYTE))
+    for place, shift in enumerate(_SHIFTS):
+        values = ((code >> shift) & _WEIGHT_MASK) - _WEIGHT_MIDDLE
+        grouped = values.view(len(code), -1, GROUP // WEIGHTS_PER_BYTE) * scales  # integers: no minus zero
+        weight[..., place] = grouped.view(code.shape)
+    return weight.flatten(1).mul_(super_scale.float()[:, None])
 
 
 def natural_inputs(in_features: int) -> Tensor:
