@@ -57,6 +57,7 @@ def main(debug: bool) -> None:
 
     Every command explains itself: ernieq COMMAND --help. With no model named, quantize takes the small one
     that comes with this package.
+    Wherever a model is asked for, its directory or its Hugging Face id will do.
 
     \b
     Example:
