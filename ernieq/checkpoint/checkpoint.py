@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernieq.checkpoint.files import CONFIG_FILE, aux_files, open_shards
-from ernieq.checkpoint.hub import OnProgress, download, looks_like_hub_id
+from ernieq.checkpoint.files import CONFIG_FILE, aux_files, is_wint2_config, open_shards
+from ernieq.checkpoint.hub import OnProgress, locate
 from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.shard import Shard, ShardEntry
 from ernieq.errors import (
@@ -20,7 +20,6 @@ from ernieq.errors import (
     NonFiniteError,
     ShapeError,
     UnsupportedModelError,
-    UsageError,
 )
 from ernieq.model import ModelConfig, ParameterSpec, expected_parameters
 
@@ -68,12 +67,19 @@ class Checkpoint:
         raw_config: ``config.json`` as it is.
     """
 
-    def __init__(self, directory: Path, source: str, revision: str | None = None) -> None:
-        """Read configuration and headers; see `open_checkpoint`."""
+    def __init__(
+        self,
+        directory: Path,
+        source: str,
+        revision: str | None = None,
+        *,
+        raw_config: dict[str, Any] | None = None,
+    ) -> None:
+        """Read configuration (unless it is given) and headers; see `open_checkpoint`."""
         self.directory = directory
         self.source = source
         self.revision = revision
-        self.raw_config = _read_config(directory)
+        self.raw_config = _read_config(directory) if raw_config is None else raw_config
         self.config = ModelConfig.from_dict(self.raw_config)
         self._shards = open_shards(directory)
         self._places: dict[str, tuple[Shard, ShardEntry]] = {
@@ -157,7 +163,8 @@ class Checkpoint:
             CheckpointError: a tensor is not stored as bf16, fp16 or fp32.
         """
         expected = expected_parameters(self.config)
-        missing = [name for name in expected if name not in self._places]
+        stored = set(self.names())
+        missing = [name for name in expected if name not in stored]
         if missing:
             raise MissingTensorError(
                 f"{self.directory} lacks {len(missing)} of the {len(expected)} tensors that its config.json "
@@ -165,7 +172,7 @@ class Checkpoint:
             )
         for name, spec in expected.items():
             self._check(name, spec)
-        unknown = sorted(name for name in self._places if name not in expected)
+        unknown = sorted(name for name in stored if name not in expected)
         for name in unknown:
             if _would_compute(name, self.config):
                 raise UnsupportedModelError(
@@ -230,17 +237,8 @@ def open_checkpoint(
         CheckpointError: it can't be found, fetched or read.
         UsageError: a revision was given for a local directory.
     """
-    directory = Path(source)
-    if directory.exists():
-        if not directory.is_dir():
-            raise CheckpointError(f"{source} is a file; the directory of a checkpoint is needed")
-        if revision is not None:
-            raise UsageError(f"the revision {revision} is of no use: {source} is a local directory")
-        return Checkpoint(directory, str(source))
-    if not looks_like_hub_id(str(source)):
-        raise CheckpointError(f"{source} does not exist; a directory or a hub id (organisation/name) is needed")
-    directory, commit = download(str(source), revision, on_progress)
-    return Checkpoint(directory, str(source), commit or revision)
+    directory, commit = locate(source, revision=revision, on_progress=on_progress)
+    return Checkpoint(directory, str(source), commit)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -251,10 +249,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModelError(
-            f"{directory} is quantized already (by {str(method)[:60]!a}); "
-            "a bf16, fp16 or fp32 checkpoint is needed"
-        )
+        needed = "a bf16, fp16 or fp32 checkpoint is needed"
+        if is_wint2_config(raw):
+            method, needed = "FastDeploy, wint2", "ernieq import-wint2 reads it"
+        raise UnsupportedModelError(f"{directory} is quantized already (by {str(method)[:60]!a}); {needed}")
     return raw
 
 

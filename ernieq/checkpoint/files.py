@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.shard import Shard
@@ -12,6 +13,7 @@ from ernieq.errors import CheckpointError
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MANIFEST_FILE = "ernieq.json"  # of a packed checkpoint; its home, ernieq/pack/layout.py, is a rung above
 
 # Files that go with the weights into a converted checkpoint, as patterns of fnmatch; none lies in a folder.
 AUX_PATTERNS = (
@@ -32,6 +34,12 @@ def aux_files(directory: Path) -> list[Path]:
     """Tokenizer, generation settings and chat template of a directory, by name."""
     found = {path for pattern in AUX_PATTERNS for path in directory.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def is_wint2_config(raw: dict[str, Any]) -> bool:
+    """Whether a configuration says that FastDeploy's WINT2 was used."""
+    quantization = raw.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quantization") == "wint2"
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
@@ -99,4 +107,6 @@ def _no_weights(directory: Path) -> str:
         path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pdparams", ".gguf"}
     )
     found = f"; it holds {other[0]}, which ernieq does not read" if other else ""
+    if other and other[0].endswith(".pdparams"):
+        found = f"; {other[0]} is a pickle, which could run code: have FastDeploy or Paddle write safetensors"
     return f"{directory} holds no weights: {SINGLE_FILE} or {INDEX_FILE} is needed{found}"

@@ -23,6 +23,7 @@ SECTIONS = (
             CommandEntry("calibrate", "Run texts through a model and report what its experts saw."),
             CommandEntry("sample-text", "Let the model write text to calibrate on."),
             CommandEntry("export", "Write the decoded weights as an ordinary checkpoint."),
+            CommandEntry("import-wint2", "Read Baidu's 2-bit files of FastDeploy."),
         ),
     ),
     CommandSection(
@@ -37,6 +38,7 @@ SECTIONS = (
         "Use",
         (
             CommandEntry("generate", "Complete a prompt."),
+            CommandEntry("push", "Upload a packed checkpoint to the Hugging Face hub."),
             CommandEntry("bench", "Measure the speed of prompts and of what follows them."),
         ),
     ),
@@ -56,6 +58,7 @@ def main(debug: bool) -> None:
 
     Every command explains itself: ernieq COMMAND --help. With no model named, quantize takes the small one
     that comes with this package.
+    Wherever a model is asked for, its directory or its Hugging Face id will do.
 
     \b
     Example:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from ernieq.cli.shared import backend_option, overwrite_option, progress_report, threads_option
+from ernieq.cli.shared import (
+    backend_option,
+    model_directory,
+    overwrite_option,
+    progress_report,
+    threads_option,
+)
 from ernieq.errors import FormatError
 from ernieq.kernels.backend import Backend
 from ernieq.pack import is_packed
@@ -14,7 +20,7 @@ from ernieq.records import format_bytes
 
 
 @click.command("export")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option(
     "--to", "dtype", type=click.Choice(["bf16"]), default="bf16", show_default=True, help="Element type."
 )
@@ -22,8 +28,8 @@ from ernieq.records import format_bytes
 @overwrite_option
 @threads_option
 @backend_option
-def command(path: Path, dtype: str, out: Path, overwrite: bool, threads: int, backend: Backend) -> None:  # noqa: ARG001
-    """Write the decoded weights of the packed checkpoint PATH as an ordinary one.
+def command(path: str, dtype: str, out: Path, overwrite: bool, threads: int, backend: Backend) -> None:  # noqa: ARG001
+    """Write the decoded weights of the packed checkpoint PATH, a directory or hub id, as an ordinary one.
 
     Any tool that reads the original model reads the result: it is the check that the packed form means what
     we say it means. It takes as much disk as the original.
@@ -34,11 +40,12 @@ def command(path: Path, dtype: str, out: Path, overwrite: bool, threads: int, ba
     """
     from ernieq.convert.export import export_bf16
 
-    if not is_packed(path):
+    directory = model_directory(path)
+    if not is_packed(directory):
         raise FormatError(f"{path} is not a packed checkpoint; export decodes what quantize has written")
     with progress_report("decoding", unit="tensors") as report:
         written = export_bf16(
-            path,
+            directory,
             out,
             overwrite=overwrite,
             backend=backend,

@@ -41,19 +41,21 @@ _OUTSIDE_DECODER = ("embedding", "head", _CARRIED)
 def command(path: str, as_json: bool) -> None:
     """Show what PATH is made of: parameters, bits, bytes and codes per group of tensors.
 
-    PATH is a packed or an ordinary checkpoint. Bits are all that is stored for a group, scales and signs
-    included, over the parameters that it stands for.
+    PATH is a packed or an ordinary checkpoint; of a hub id only headers are fetched. Bits are all that is
+    stored for a group, scales and signs included, over the parameters that it stands for.
 
     \b
     Example:
       ernieq inspect ernieq-nano-2bit
     """
-    source = resolve_source(path)
+    from ernieq.checkpoint import header_directory
+
     version = None
-    if Path(source).is_dir() and is_packed(Path(source)):
-        config, stored, file_bytes, version = _packed(Path(source))
-    else:
-        config, stored, file_bytes = _plain(source)
+    with header_directory(resolve_source(path)) as directory:
+        if is_packed(directory):
+            config, stored, file_bytes, version = _packed(directory)
+        else:
+            config, stored, file_bytes = _plain(directory)
     inventory = take_inventory(stored, _group_of(config), dict.fromkeys(_GROUPS.values()), _CARRIED)
     weights = _weights(inventory, file_bytes)
     if as_json:
@@ -70,7 +72,7 @@ def _packed(path: Path) -> tuple[ModelConfig, list[StoredParameter], int, str]:
     return ModelConfig.from_dict(reader.config), packed_parameters(reader), file_bytes, reader.format_version
 
 
-def _plain(source: Path | str) -> tuple[ModelConfig, list[StoredParameter], int]:
+def _plain(source: Path) -> tuple[ModelConfig, list[StoredParameter], int]:
     from ernieq.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(source)

@@ -10,9 +10,8 @@ from typing import Any
 import click
 import torch
 
-from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL, resolve_source
+from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL
 from ernieq.calibrate import TextFile
-from ernieq.checkpoint import open_checkpoint
 from ernieq.cli.allocating import allocate, convert_in_rounds
 from ernieq.cli.allocation_options import chosen_target, target_options
 from ernieq.cli.calibrate import read_texts
@@ -27,6 +26,7 @@ from ernieq.cli.shared import (
     overwrite_option,
     progress_report,
     seed_option,
+    source_checkpoint,
     threads_option,
     vram_option,
 )
@@ -177,8 +177,10 @@ def command(
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     target = chosen_target(settings, bits, hessians)
     recipe = _recipe(bits, recipe_file, settings)
-    with progress_report(f"opening {name}", unit="weights") as progress:
-        checkpoint = open_checkpoint(resolve_source(name), revision=revision)
+    with (
+        progress_report(f"opening {name}", unit="weights") as progress,
+        source_checkpoint(name, revision, headers_only=dry_run and target is None) as checkpoint,
+    ):
         label = f"{recipe.bits:g}bit" if target is None else target.label
         out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{label}")
         options = EncodeOptions(backend=backend, threads=threads)

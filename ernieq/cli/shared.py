@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -34,6 +34,9 @@ from rich.text import Text
 from ernieq.bundled import resolve_source
 from ernieq.kernels.backend import Backend, default_threads
 from ernieq.records import format_rate
+
+if TYPE_CHECKING:
+    from ernieq.checkpoint import Checkpoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _AUTO_DEVICE = "ernieq.auto_device"
@@ -121,10 +124,28 @@ def seed_option(function: Function) -> Function:
 
 def model_directory(path: str) -> Path:
     """The directory of PATH: itself, a bundled model's, or what was fetched of a hub id."""
-    from ernieq.checkpoint import open_checkpoint
+    from ernieq.checkpoint import locate
 
-    directory = Path(resolve_source(path))
-    return directory if directory.exists() else open_checkpoint(path).directory
+    return locate(resolve_source(path))[0]
+
+
+@contextmanager
+def source_checkpoint(name: str, revision: str | None, *, headers_only: bool) -> Iterator[Checkpoint]:
+    """The ordinary checkpoint that a path, ``bundled:NAME`` or hub id names.
+
+    Args:
+        name: what the user wrote.
+        revision: branch, tag or commit on the hub.
+        headers_only: of a hub id, fetch no weights: names, shapes and dtypes are all that will be looked at.
+    """
+    from ernieq.checkpoint import header_directory, open_checkpoint
+
+    source = resolve_source(name)
+    if not headers_only:
+        yield open_checkpoint(source, revision=revision)
+        return
+    with header_directory(source, revision) as directory:
+        yield open_checkpoint(directory)
 
 
 def print_json(value: Any) -> None:

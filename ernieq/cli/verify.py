@@ -7,28 +7,28 @@ from pathlib import Path
 
 import click
 
-from ernieq.cli.shared import json_option, print_json, progress_report
-from ernieq.errors import FormatError
+from ernieq.cli.shared import json_option, model_directory, print_json, progress_report
 from ernieq.pack import PackedReader, VerifyReport, verify_packed
 from ernieq.records import format_bytes
 
 
 @click.command("verify")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @json_option
-def command(path: Path, as_json: bool) -> None:
+def command(path: str, as_json: bool) -> None:
     """Check the packed checkpoint PATH: hashes, shapes, finite scales, every source tensor accounted for.
+
+    PATH is a directory or a hub id, which is fetched.
 
     \b
     Example:
       ernieq verify ernieq-nano-2bit
     """
-    if not path.is_dir():
-        raise FormatError(f"{path} is not a directory; a packed checkpoint is one")
+    directory = model_directory(path)
     with progress_report("verify", unit="bytes") as report:
         found = verify_packed(
-            path,
-            expected_shapes=_expected_shapes(path),
+            directory,
+            expected_shapes=expected_shapes(directory),
             on_progress=report.update,
         )
     if as_json:
@@ -37,7 +37,7 @@ def command(path: Path, as_json: bool) -> None:
         click.echo(_sentence(found))
 
 
-def _expected_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def expected_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes that the model of this configuration calls for."""
     from ernieq.model import ModelConfig, expected_parameters
 

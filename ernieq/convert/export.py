@@ -6,12 +6,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ernieq.errors import FormatError, OutputExistsError, StorageError, VerificationError
+from ernieq.convert.plain_output import check_written, plain_config, refuse_overlap, refuse_small_disk
 from ernieq.kernels import hadamard, trellis_matmul
 from ernieq.kernels.backend import Backend
 from ernieq.pack import (
@@ -20,7 +19,6 @@ from ernieq.pack import (
     PackedReader,
     Progress,
     ShardWriter,
-    read_shards,
     storage_errors,
 )
 from ernieq.pack.json_file import dump_json
@@ -30,7 +28,6 @@ from ernieq.trellis import TILE_SIDE, EncodedMatrix
 
 # Weights decoded at a time: 16 MB of float32, so that an embedding of any size streams through.
 _CHUNK_WEIGHTS = 1 << 22
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 _BFLOAT16_BYTES = 2
 
 
@@ -99,9 +96,9 @@ def export_bf16(
         StorageError: too little disk, or the disk refuses.
     """
     reader = PackedReader(source)
-    _refuse_overlap(source, out)
+    refuse_overlap(source, out)
     directory = AtomicDirectory(out, overwrite=overwrite)
-    _refuse_small_disk(reader, directory, shard_bytes)
+    refuse_small_disk(directory.target, _exported_bytes(reader), shard_bytes, "the export")
     with directory:
         shards = ShardWriter(directory.path, shard_bytes=shard_bytes)
         try:
@@ -111,7 +108,7 @@ def export_bf16(
             shards.close()
         _write_files(reader, directory.path)
         names = {*reader.tensors(), *(f"{module}.weight" for module in reader.modules())}
-        directory.commit(lambda path: _check(path, names))
+        directory.commit(lambda path: check_written(path, names, "the exported checkpoint"))
     return ExportReport(len(reader.modules()), len(reader.tensors()), len(hashes), _exported_bytes(reader))
 
 
@@ -143,39 +140,12 @@ def _bf16_bytes(rows: torch.Tensor) -> memoryview:
 
 
 def _write_files(reader: PackedReader, target: Path) -> None:
-    config: dict[str, Any] = {key: reader.config[key] for key in reader.config if key != "quantization_config"}
-    for key in [key for key in _DTYPE_KEYS if key in config] or _DTYPE_KEYS[-1:]:
-        config[key] = "bfloat16"
     with storage_errors(target):
-        (target / CONFIG_NAME).write_bytes(dump_json(config))
+        (target / CONFIG_NAME).write_bytes(dump_json(plain_config(reader.config)))
         for name in reader.manifest.files:
             shutil.copyfile(locate(reader.path, name), target / name)
-
-
-def _refuse_overlap(source: Path, out: Path) -> None:
-    target, origin = out.resolve(), source.resolve()
-    if target == origin or origin in target.parents or target in origin.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {source}")
 
 
 def _exported_bytes(reader: PackedReader) -> int:
     decoded = sum(_BFLOAT16_BYTES * rows * columns for rows, columns in map(reader.shape_of, reader.modules()))
     return decoded + sum(reader.info(name).nbytes for name in reader.tensors())
-
-
-def _refuse_small_disk(reader: PackedReader, directory: AtomicDirectory, shard_bytes: int) -> None:
-    nbytes = _exported_bytes(reader)
-    needed = nbytes + min(nbytes, shard_bytes)  # a shard exists twice while it is put in order
-    place = next(parent for parent in directory.target.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise StorageError(f"{place} has {free / 1e9:.2f} GB free; the export needs {needed / 1e9:.2f} GB")
-
-
-def _check(path: Path, names: set[str]) -> None:
-    try:
-        found = set(read_shards(path)[0])
-    except FormatError as error:
-        raise VerificationError(f"the exported checkpoint can't be read back: {error}") from error
-    if found != names:
-        raise VerificationError(f"{min(found ^ names)} is missing from the export or was not asked for")

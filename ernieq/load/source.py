@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ernieq.bundled import resolve_source
-from ernieq.checkpoint import Checkpoint, open_checkpoint
+from ernieq.checkpoint import Checkpoint, is_fastdeploy, locate, open_checkpoint, open_fastdeploy
 from ernieq.decode.weight import view_array
 from ernieq.errors import FormatError, MissingTensorError, NonFiniteError, ShapeError
 from ernieq.model import ModelConfig, ParameterSpec, expected_parameters
@@ -59,14 +59,16 @@ class WeightSource(Protocol):
 
 
 def open_source(path: str | Path) -> WeightSource:
-    """Open a directory, packed or not; also ``bundled:NAME`` or the hub id of an ordinary checkpoint.
+    """Open a checkpoint, packed, ordinary or WINT2: a directory, ``bundled:NAME`` or a hub id.
 
     Raises:
         CheckpointError: there is no checkpoint.
         FormatError: a packed checkpoint breaks its format.
     """
-    place = resolve_source(path)
-    return PackedSource(Path(place)) if is_packed(Path(place)) else PlainSource(open_checkpoint(place))
+    directory, _ = locate(resolve_source(path))
+    if is_packed(directory):
+        return PackedSource(directory)
+    return PlainSource(open_fastdeploy(directory) if is_fastdeploy(directory) else open_checkpoint(directory))
 
 
 class PackedSource:

@@ -36,7 +36,7 @@ def open_stream(
     """Open a checkpoint that may be larger than memory.
 
     Args:
-        path: a directory, ``bundled:NAME``, or the hub id of an ordinary checkpoint.
+        path: a directory, ``bundled:NAME``, or a hub id; packed or ordinary.
         device: where layers are put and computed: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``.
         backend: implementation of the kernels for packed weights on the CPU.
         threads: threads of the kernels; all processors by default.

@@ -30,7 +30,7 @@ def load_model(
     weights are copied as ``dtype`` (the router as float32).
 
     Args:
-        path: a directory, ``bundled:NAME``, or the hub id of an ordinary checkpoint.
+        path: a directory, ``bundled:NAME``, or a hub id; packed or ordinary.
         device: where to put the model: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
         dtype: dtype of hidden states and of the weights that are not packed.
         backend: implementation of the kernels on the CPU; an ``"avx2"`` in place of ``Backend.AVX2`` will do.

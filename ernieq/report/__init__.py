@@ -6,7 +6,7 @@
 * `card`: the README.md of a packed checkpoint.
 """
 
-from ernieq.report.card import model_card
+from ernieq.report.card import card_for_hub, model_card
 from ernieq.report.comparison import comparison_table
 from ernieq.report.conversion import LayerRow, StarvedExpert, conversion_html, conversion_markdown, layer_rows
 from ernieq.report.table import Section, Table
@@ -16,6 +16,7 @@ __all__ = [
     "Section",
     "StarvedExpert",
     "Table",
+    "card_for_hub",
     "comparison_table",
     "conversion_html",
     "conversion_markdown",

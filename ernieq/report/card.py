@@ -46,6 +46,17 @@ def model_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def card_for_hub(card: str, name: str, repository: str) -> str:
+    """The card with the hub's id where it says how to load; one that was rewritten by hand stays as it is.
+
+    Args:
+        card: as `model_card` wrote it.
+        name: of the directory that it was written for.
+        repository: ``user/name``.
+    """
+    return card.replace(_loading(name), _loading(repository))
+
+
 def _metadata(base: str, licence: str | None) -> str:
     lines = ["---", "library_name: ernieq", "pipeline_tag: text-generation"]
     if base.count("/") == 1 and not base.startswith(("/", ".", "~")):

@@ -7,11 +7,20 @@ import fnmatch
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ernieq.checkpoint import open_checkpoint
 from ernieq.errors import CheckpointError, StorageError
@@ -96,25 +105,46 @@ def test_what_looks_like_a_path_is_never_looked_up_on_the_hub(
     assert hub.calls == []
 
 
+def refused(kind: type[Exception]) -> Exception:
+    """An error of the hub's client, which wants the answer of a server."""
+    if issubclass(kind, HfHubHTTPError):
+        answer: Any = SimpleNamespace(headers={}, request=None)
+        return kind("403 Client Error\nmore", response=answer)
+    return kind("no answer\nTry again")
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("kind", "words"),
     [
-        LocalEntryNotFoundError("offline: no cached files\nTry again"),
-        OfflineModeIsEnabled("offline: no cached files"),
-        HFValidationError("offline: no cached files"),
-        ConnectionError("offline: no cached files"),
-        RuntimeError("offline: no cached files"),
+        (GatedRepoError, "is gated: ask for access on https://huggingface.co/baidu/nothing, then log in"),
+        (
+            RepositoryNotFoundError,
+            "check the id; if it is private, log in with `hf auth login` or set HF_TOKEN",
+        ),
+        (RevisionNotFoundError, "has no revision 'v9'; name a branch, a tag or a commit"),
+        (
+            LocalEntryNotFoundError,
+            "the hub can't be reached; connect to the network, or name a local directory",
+        ),
+        (OfflineModeIsEnabled, "the hub is switched off; unset HF_HUB_OFFLINE"),
+        (HFValidationError, "can't be fetched from the hub: no answer"),
+        (ConnectionError, "can't be fetched from the hub: no answer"),
+        (RuntimeError, "can't be fetched from the hub: no answer"),
     ],
 )
-def test_a_failed_download_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_sentence_that_says_what_to_do(
+    kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> str:
-        raise error
+        raise refused(kind)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint("baidu/nothing")
-    sentence = "baidu/nothing is no directory here and can't be fetched from the hub: offline: no cached files"
-    assert str(caught.value) == sentence
+        open_checkpoint("baidu/nothing", revision="v9")
+    sentence = str(caught.value)
+    assert sentence.startswith("baidu/nothing ")
+    assert words in sentence
+    assert "\n" not in sentence
 
 
 def test_a_full_disk_during_a_download_is_a_storage_error(monkeypatch: pytest.MonkeyPatch) -> None:

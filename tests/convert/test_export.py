@@ -135,10 +135,10 @@ def test_too_little_disk_is_refused_before_anything_is_written(
 def test_a_failure_midway_leaves_nothing(
     packed: tuple[Path, dict[str, EncodedMatrix]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, names: set[str]) -> None:
+    def fail(path: Path, names: set[str], what: str) -> None:
         raise KeyError
 
-    monkeypatch.setattr(export_module, "_check", fail)
+    monkeypatch.setattr(export_module, "check_written", fail)
     with pytest.raises(KeyError):
         export_bf16(packed[0], tmp_path / "plain", threads=1)
     assert list(tmp_path.iterdir()) == []
