@@ -108,6 +108,16 @@ def test_another_format_version_is_refused(packed: Path, version: Any) -> None:
     refused(packed, "format version")
 
 
+@pytest.mark.parametrize(("version", "advised"), [("0.3", True), ("1.0", True), ("0.0", False), ("x", False)])
+def test_a_newer_format_version_alone_is_answered_with_the_advice_to_upgrade(
+    packed: Path, version: str, advised: bool
+) -> None:
+    quantization(packed, lambda config: config.update({"format_version": version}))
+    with pytest.raises(FormatError) as caught:
+        verify_packed(packed)
+    assert ("pip install --upgrade ernieq" in str(caught.value)) is advised
+
+
 def test_another_format_version_in_the_manifest_is_refused(packed: Path) -> None:
     edit_json(packed / "ernieq.json", lambda manifest: manifest.update({"format_version": "0.3"}))
     refused(packed, "format version")

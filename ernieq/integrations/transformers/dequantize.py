@@ -34,7 +34,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
             plain = _linear(_decoded(module.trellis, dtype), module.bias)
         elif isinstance(module, PackedEmbedding):
             plain = nn.Embedding.from_pretrained(
-                _decoded(module.trellis, dtype), freeze=False, padding_idx=model.config.pad_token_id
+                _decoded(module.trellis, dtype), padding_idx=model.config.pad_token_id
             )
         elif isinstance(module, PackedHead):
             # The embedding comes before the head in a model, so it is plain by now, and its table is shared.
@@ -44,6 +44,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         else:
             continue
         model.set_submodule(name, plain)
+    model.requires_grad_(True)
     model.config.dtype = dtype
 
 

@@ -8,10 +8,13 @@ method as soon as the module has run. It costs a comparison of strings per impor
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from ernieq.integrations.transformers.versions import requirement
 
 METHODS_MODULE = "transformers.quantizers.auto"
 METHOD = "ernieq"
@@ -27,13 +30,23 @@ def register_when_imported() -> None:
 
 
 def register(methods: ModuleType) -> None:
-    """Add the method to transformers' lists; a second call changes nothing (transformers would raise)."""
-    from ernieq.integrations.transformers.config import ErnieqConfig
-    from ernieq.integrations.transformers.quantizer import ErnieqQuantizer
+    """Add the method to transformers' lists; a second call changes nothing (transformers would raise).
 
-    if METHOD not in methods.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        methods.register_quantization_config(METHOD)(ErnieqConfig)
-        methods.register_quantizer(METHOD)(ErnieqQuantizer)
+    A transformers that has no such lists is still of use for other models, so it is warned of and goes on.
+    """
+    try:
+        from ernieq.integrations.transformers.config import ErnieqConfig
+        from ernieq.integrations.transformers.quantizer import ErnieqQuantizer
+
+        if METHOD not in methods.AUTO_QUANTIZATION_CONFIG_MAPPING:
+            methods.register_quantization_config(METHOD)(ErnieqConfig)
+            methods.register_quantizer(METHOD)(ErnieqQuantizer)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"this transformers can't load packed checkpoints of ernieq ({error}); "
+            f"pip install '{requirement()}' brings one that can",
+            stacklevel=2,
+        )
 
 
 class _MethodsFinder(MetaPathFinder):

@@ -73,6 +73,7 @@ def finish_packed(model: PreTrainedModel) -> None:
         for module in list(model.modules()):
             if isinstance(module, kind):
                 module.finish()
+    model.requires_grad_(False)  # codes have no gradients: a loss must not seem to reach what lies before them
 
 
 def _experts(name: str, source: PackedSource) -> PackedExperts:

@@ -33,6 +33,7 @@ def test_a_dequantized_model_equals_the_export_and_needs_no_ernieq(
     assert torch.equal(logits(model), logits(expected))
     assert not any(isinstance(module, PackedMatrix) for module in model.modules())
     assert model.dtype is torch.bfloat16
+    assert all(parameter.requires_grad for parameter in model.parameters())
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied is config.tie_word_embeddings
 

@@ -68,6 +68,11 @@ def test_registering_twice_changes_nothing() -> None:
     assert auto.AUTO_QUANTIZER_MAPPING[hook.METHOD] is ErnieqQuantizer
 
 
+def test_a_transformers_without_such_lists_is_warned_of_and_stays_usable() -> None:
+    with pytest.warns(UserWarning, match=r"AUTO_QUANTIZATION_CONFIG_MAPPING.*; pip install 'transformers>="):
+        hook.register(ModuleType("lists_of_another_name"))
+
+
 def test_importing_ernieq_brings_in_neither_and_a_later_transformers_loads_a_packed_model(
     tmp_path: Path,
 ) -> None:

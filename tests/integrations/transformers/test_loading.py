@@ -88,6 +88,10 @@ def test_matrices_stay_packed_in_memory(packed: Path) -> None:
     assert matrices == {"model.layers.1.mlp.gate.weight", GATE_BIAS}
 
 
+def test_no_weight_seems_trainable(packed: Path) -> None:
+    assert not any(parameter.requires_grad for parameter in load(packed).parameters())
+
+
 def test_tokens_generated_with_a_cache_are_those_without(packed: Path) -> None:
     model = load(packed)
     with_cache = model.generate(TOKENS, max_new_tokens=6, do_sample=False)

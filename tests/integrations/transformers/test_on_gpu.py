@@ -48,6 +48,14 @@ def test_a_device_map_puts_a_packed_model_on_the_gpu(device_map: Any, packed: Pa
     assert relative(logits(model), logits(load(packed))) < 5e-3
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_can_be_spread_over_two_gpus(packed: Path) -> None:
+    places = {"embed_tokens": 0, "layers.0": 0, "layers.1": 1, "norm": 1, "rotary_emb": 1}
+    model = load(packed, device_map={**{f"model.{part}": gpu for part, gpu in places.items()}, "lm_head": 1})
+    assert model.model.layers[1].self_attn.q_proj.trellis.words.device.index == 1
+    assert relative(logits(model), logits(load(packed))) < 5e-3
+
+
 def test_a_model_can_be_moved_to_the_gpu_after_loading(packed: Path) -> None:
     model = load(packed)
     truth = logits(model)
