@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ernieq.errors import VerificationError
+from ernieq.errors import FormatError, VerificationError
 from ernieq.pack import is_packed, verify_packed
 from tests.hostile.packed_damage import (
     MODULE,
