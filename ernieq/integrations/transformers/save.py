@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -75,10 +76,10 @@ def packed_state(model: PreTrainedModel, origin: Origin) -> dict[str, Tensor]:
     reader = origin.reopen()
     carried = frozenset(origin.manifest.coverage.carried if origin.manifest.coverage else ())
     changed = set()
-    for name in reader.tensors():
-        state[name] = _stored_tensor(reader, name)
-        if name not in carried and not torch.equal(held[name].cpu(), state[name].to(held[name].dtype)):
-            state[name] = held[name].detach().cpu().to(state[name].dtype)
+    for name, stored in _stored_tensors(reader):
+        state[name] = stored
+        if name not in carried and not torch.equal(held[name].cpu(), stored.to(held[name].dtype)):
+            state[name] = held[name].detach().cpu().to(stored.dtype)
             changed.add(name)
     origin.changed = frozenset(changed)
     return state
@@ -89,10 +90,14 @@ def _packed_tensors(weight: TrellisWeight) -> tuple[Tensor, Tensor, Tensor]:
     return weight.packed_tiles().cpu(), weight.scale.cpu(), signs
 
 
-def _stored_tensor(reader: PackedReader, name: str) -> Tensor:
-    with safe_open(reader.path / reader.file_of(name), framework="pt") as shard:
-        tensor: Tensor = shard.get_tensor(name)
-    return tensor.clone()  # the file may be the one that is about to be written
+def _stored_tensors(reader: PackedReader) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are no packed matrix, copied: their file may be about to be written over."""
+    names = reader.tensors()
+    for file in reader.shard_files():
+        with safe_open(reader.path / file, framework="pt") as shard:
+            for name in names:
+                if reader.file_of(name) == file:
+                    yield name, shard.get_tensor(name).clone()
 
 
 def save_completely(
