@@ -22,7 +22,7 @@ from ernieq.decode import TrellisWeight
 from ernieq.decode.weight import view_array
 from ernieq.errors import FormatError, UsageError
 from ernieq.integrations.transformers.modules import checkpoint_name, packed_weights
-from ernieq.pack import MANIFEST_NAME, Manifest, PackedReader, file_sha256, storage_errors
+from ernieq.pack import MANIFEST_NAME, Coverage, Manifest, PackedReader, file_sha256, storage_errors
 from ernieq.pack.json_file import dump_json
 from ernieq.pack.layout import CARD_NAME, CONFIG_NAME, PACKED_SUFFIXES, pack_signs
 from ernieq.pack.shards import INDEX_NAME, SINGLE_SHARD
@@ -157,7 +157,7 @@ def _complete(directory: Path, origin: Origin, dtype: str) -> None:
     (directory / MANIFEST_NAME).write_bytes(dump_json(manifest.to_json()))
 
 
-def _coverage(origin: Origin) -> Any:
+def _coverage(origin: Origin) -> Coverage:
     """What became of every tensor; those that were changed since they were loaded count as tuned."""
     coverage = origin.manifest.coverage
     assert coverage is not None, "a manifest that was read has its coverage"

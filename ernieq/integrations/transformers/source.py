@@ -36,7 +36,7 @@ def open_checked(name_or_path: str, files: Sequence[str] | None) -> PackedSource
     """
     if not files:
         raise UsageError("a packed checkpoint is loaded from its files; state_dict can't be passed instead")
-    directory = Path(files[0]).parent
+    directory = Path(files[0]).parent.absolute()  # saving looks there again
     if not (directory / MANIFEST_NAME).exists():
         _fetch_manifest(name_or_path, directory)
     source = PackedSource(directory)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -115,6 +116,20 @@ def test_a_device_map_places_the_model(device_map: Any, packed: Path) -> None:
     if device_map == "auto" and torch.cuda.is_available():
         pytest.skip("auto takes the GPU here; see test_on_gpu.py")
     torch.testing.assert_close(logits(load(packed, device_map=device_map)), logits(load(packed)))
+
+
+def test_hooks_that_accelerate_hangs_on_modules_before_the_end_of_loading_still_run(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dispatch(model: Any, _quantizer: Any, device_map: dict[str, Any], *_: Any) -> None:
+        accelerate.dispatch_model(model, dict.fromkeys(device_map, "cpu"), force_hooks=True)
+
+    monkeypatch.setattr("transformers.modeling_utils.accelerate_dispatch", dispatch)
+    several_places = {"model": "cpu", "lm_head": torch.device("cpu")}  # transformers takes them for two
+    model = load(packed, device_map=several_places)
+    assert hasattr(model.lm_head, "_hf_hook")
+    assert hasattr(model.model.layers[0].self_attn.q_proj, "_hf_hook")
+    torch.testing.assert_close(logits(model), logits(load(packed)))
 
 
 @pytest.mark.parametrize(
