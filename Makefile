@@ -20,10 +20,10 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -n
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench install clean
+.PHONY: help demo test test-transformers lint format bench install clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 demo: install  ## quantize the bundled model to 2 bits and compare it with the original
 	$(BIN)/ernieq quantize --bits 2 --overwrite
@@ -31,6 +31,9 @@ demo: install  ## quantize the bundled model to 2 bits and compare it with the o
 
 test: lint  ## all checks: lint, types, import ladder, tests and notebooks
 	$(BIN)/python -m pytest
+
+test-transformers: install  ## the tests of the transformers integration, on the oldest and newest supported version
+	PIP_FLAGS="$(PIP_FLAGS)" BIN="$(BIN)" .ci/test_transformers
 
 lint: install  ## style, types and the import ladder
 	$(BIN)/ruff check .

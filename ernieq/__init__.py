@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ernieq.integrations.transformers.hook import register_when_imported
+
 if TYPE_CHECKING:
     from ernieq.load import load_model
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
+
+register_when_imported()  # so that transformers loads packed checkpoints; imports nothing of it yet
 
 
 def __getattr__(name: str) -> Any:

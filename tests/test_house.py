@@ -154,7 +154,7 @@ def test_an_editable_install_looks_for_modules_in_no_folder_but_the_package() ->
     assert {Path(place).name for place in ernieq.__path__} == {"ernieq"}
 
 
-@pytest.mark.parametrize("path", [".ci/run"])
+@pytest.mark.parametrize("path", [".ci/run", ".ci/test_transformers"])
 def test_scripts_can_be_run(path: str) -> None:
     assert os.access(ROOT / path, os.X_OK)
 

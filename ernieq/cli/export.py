@@ -24,11 +24,13 @@ from ernieq.records import format_bytes
 @click.option(
     "--to", "dtype", type=click.Choice(["bf16"]), default="bf16", show_default=True, help="Element type."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to create.  [default: ./NAME-bf16]")
 @overwrite_option
 @threads_option
 @backend_option
-def command(path: str, dtype: str, out: Path, overwrite: bool, threads: int, backend: Backend) -> None:  # noqa: ARG001
+def command(
+    path: str, dtype: str, out: Path | None, overwrite: bool, threads: int, backend: Backend
+) -> None:
     """Write the decoded weights of the packed checkpoint PATH, a directory or hub id, as an ordinary one.
 
     Any tool that reads the original model reads the result: it is the check that the packed form means what
@@ -43,6 +45,7 @@ def command(path: str, dtype: str, out: Path, overwrite: bool, threads: int, bac
     directory = model_directory(path)
     if not is_packed(directory):
         raise FormatError(f"{path} is not a packed checkpoint; export decodes what quantize has written")
+    out = out or Path(f"{Path(path).resolve().name}-{dtype}")
     with progress_report("decoding", unit="tensors") as report:
         written = export_bf16(
             directory,

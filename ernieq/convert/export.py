@@ -29,6 +29,7 @@ from ernieq.trellis import TILE_SIDE, EncodedMatrix
 # Weights decoded at a time: 16 MB of float32, so that an embedding of any size streams through.
 _CHUNK_WEIGHTS = 1 << 22
 _BFLOAT16_BYTES = 2
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ def export_bf16(
     """Write the decoded weights of a packed checkpoint as an ordinary bf16 checkpoint.
 
     Quantized matrices are decoded, turned back and rounded to bfloat16; all other tensors and the tokenizer
-    are copied unchanged; ``config.json`` loses its ``quantization_config``. One chunk of rows is in memory at a
-    time, and the directory appears only when it is whole.
+    are copied unchanged; ``config.json`` loses its ``quantization_config``. A head that was stored beside the
+    embedding that it is tied to is left out: it would win over the decoded one. One chunk of rows is in memory
+    at a time, and the directory appears only when it is whole.
 
     Args:
         source: the packed checkpoint; never touched.
@@ -107,9 +109,15 @@ def export_bf16(
         finally:
             shards.close()
         _write_files(reader, directory.path)
-        names = {*reader.tensors(), *(f"{module}.weight" for module in reader.modules())}
+        names = {*_copied(reader), *(f"{module}.weight" for module in reader.modules())}
         directory.commit(lambda path: check_written(path, names, "the exported checkpoint"))
-    return ExportReport(len(reader.modules()), len(reader.tensors()), len(hashes), _exported_bytes(reader))
+    return ExportReport(len(reader.modules()), len(_copied(reader)), len(hashes), _exported_bytes(reader))
+
+
+def _copied(reader: PackedReader) -> list[str]:
+    """Names of the tensors that are copied unchanged."""
+    tied = reader.config.get("tie_word_embeddings", True) is not False  # as transformers reads it
+    return [name for name in reader.tensors() if not (tied and name == _HEAD)]
 
 
 def _write_tensors(
@@ -120,7 +128,7 @@ def _write_tensors(
     on_progress: Progress | None,
 ) -> None:
     modules = {f"{module}.weight": module for module in reader.modules()}
-    names = sorted([*modules, *reader.tensors()])
+    names = sorted([*modules, *_copied(reader)])
     for done, name in enumerate(names):
         if on_progress is not None:
             on_progress(name, done, len(names))
@@ -148,4 +156,4 @@ def _write_files(reader: PackedReader, target: Path) -> None:
 
 def _exported_bytes(reader: PackedReader) -> int:
     decoded = sum(_BFLOAT16_BYTES * rows * columns for rows, columns in map(reader.shape_of, reader.modules()))
-    return decoded + sum(reader.info(name).nbytes for name in reader.tensors())
+    return decoded + sum(reader.info(name).nbytes for name in _copied(reader))

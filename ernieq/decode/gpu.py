@@ -35,6 +35,12 @@ def words_of(packed: Tensor, device: torch.device) -> Tensor:
     return cuda.to_words(packed.to(device))
 
 
+def packed_of(words: Tensor) -> Tensor:
+    """Inverse of ``words_of``, on the device of the words: (..., 8 K) int32 -> (..., 16 K) int16."""
+    pairs = (words << 16) | ((words >> 16) & 0xFFFF)  # the first unit, which has the high bits, comes first
+    return pairs.view(torch.int16)
+
+
 def empty_rotated(rows: int, width: int, device: torch.device) -> Rotated:
     """Room for rotated inputs: (rows, width) float16 and (rows,) float32."""
     from ernieq.kernels.token_step.cuda import Rotated

@@ -89,6 +89,10 @@ class TrellisWeight(nn.Module):
         words = gpu.words_of(self.packed, device)
         self.hold_words(words, self.scale.to(device), self.signs.to(device))
 
+    def packed_tiles(self) -> Tensor:
+        """The tiles as they are stored: (out_features / 16, in_features / 16, 16 K) int16, on the device."""
+        return gpu.packed_of(self.words) if self.on_gpu else self.packed
+
     def rotate(self, x: Tensor) -> Tensor:
         """Inputs in the basis in which the matrix is quantized: (..., in_features) -> float32 of that shape."""
         return rotate(x.float(), self.signs, self.rotation_block, backend=self.backend, threads=self.threads)

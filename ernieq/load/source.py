@@ -82,6 +82,11 @@ class PackedSource:
         self._modules = frozenset(self._reader.modules())
         self._tensors = frozenset(self._reader.tensors())
 
+    @property
+    def reader(self) -> PackedReader:
+        """The packed checkpoint itself, for those who need more than its weights."""
+        return self._reader
+
     def is_quantized(self, module: str) -> bool:
         """Whether a module's weight is in the trellis code."""
         return module in self._modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from ernieq.pack.paths import check_tensor_name
 from ernieq.pack.patterns import MAX_NAMES, compact_names, expand_names
 
 _MODULE_KEYS = {"bits", "rotation_block", "state_bits"}
+_VERSION = re.compile(r"([0-9]{1,6})\.([0-9]{1,6})")
 
 
 def is_ernieq_config(config: Mapping[str, Any]) -> bool:
@@ -84,11 +86,19 @@ def check_version(version: object, what: str) -> str:
         FormatError: it is another one; 0.x versions promise no compatibility.
     """
     if not isinstance(version, str) or version not in READABLE_VERSIONS:
+        advice = ": pip install --upgrade ernieq brings one that reads more" if _is_newer(version) else ""
         raise FormatError(
             f"{what} has format version {str(version)[:20]!a}; "
-            f"this ernieq reads {' and '.join(READABLE_VERSIONS)} only"
+            f"this ernieq reads {' and '.join(READABLE_VERSIONS)} only{advice}"
         )
     return version
+
+
+def _is_newer(version: object) -> bool:
+    numbers = _VERSION.fullmatch(version) if isinstance(version, str) else None
+    return numbers is not None and tuple(map(int, numbers.groups())) > tuple(
+        map(int, FORMAT_VERSION.split("."))
+    )
 
 
 def _module_spec(entry: object, usual_state_bits: object, version: str, what: str) -> ModuleSpec:

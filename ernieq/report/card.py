@@ -80,16 +80,18 @@ def _sizes(parts: Sequence[Mapping[str, Any]], output_bytes: int, bits: float) -
 def _loading(name: str) -> str:
     return f"""## How to load
 
-With the Python package ernieq installed:
+With the Python package ernieq installed (`pip install 'ernieq[transformers]'`):
 
 ```python
-import ernieq
+import ernieq  # first: it teaches transformers the format
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = ernieq.load_model({json.dumps(name)})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
 ```
 
-`import ernieq` is needed: a loader that does not know this format may start the experts at random with no
-more than a warning. On the command line: `ernieq generate {name} "Once"`."""
+`import ernieq` is needed: without it transformers starts the weights at random, with no more than a warning.
+Without transformers: `ernieq.load_model({json.dumps(name)})`, or `ernieq generate {name} "Once"`."""
 
 
 def _quality(evaluations: Sequence[EvaluationRecord]) -> str:

@@ -87,6 +87,14 @@ def test_export_writes_a_checkpoint_that_inspect_reads(packed: Path, tmp_path: P
     assert not json.loads(run("inspect", tmp_path / "plain", "--json"))["packed"]
 
 
+def test_export_goes_beside_where_it_is_called_unless_told_otherwise(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("export", packed, "--to", "bf16", "--threads", "1")
+    assert (tmp_path / f"{packed.name}-bf16" / "config.json").is_file()
+
+
 def test_export_of_an_ordinary_checkpoint_is_refused(packed: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["export", str(packed.parent / "source"), "--out", str(tmp_path / "plain")]

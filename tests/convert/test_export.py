@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,9 @@ from ernieq.convert import export as export_module
 from ernieq.convert.export import decode_rows, export_bf16
 from ernieq.errors import FormatError, OutputExistsError, StorageError
 from ernieq.kernels.backend import Backend
+from ernieq.model import ParameterRole
 from ernieq.trellis import EncodedMatrix
+from tests.load.packed_model import MOE, by_role, write_model
 from tests.pack.packed_factory import random_matrix
 from tests.pack.packed_model import pack_model, source_model
 
@@ -80,6 +83,18 @@ def test_transformers_loads_the_export_without_a_missing_key(
         embedding.detach().double().numpy(), decoded(modules["model.embed_tokens"]), rtol=HALF_UNIT, atol=1e-7
     )
     assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_a_head_stored_beside_its_tied_embedding_does_not_win_over_the_decoded_table(tmp_path: Path) -> None:
+    stale = {"lm_head.weight": torch.ones(MOE.vocab_size, MOE.hidden_size)}
+    for tied in (True, False):
+        config = dataclasses.replace(MOE, tie_word_embeddings=tied)
+        chosen = by_role({ParameterRole.EMBEDDING})
+        write_model(tmp_path / f"{tied}", config, chosen, extra=stale if tied else None)
+        export_bf16(tmp_path / f"{tied}", tmp_path / f"plain-{tied}", threads=1)
+        assert ("lm_head.weight" in stored_tensors(tmp_path / f"plain-{tied}")) is not tied
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain-True")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_config_and_tokenizer_are_those_of_an_ordinary_checkpoint(

@@ -54,6 +54,15 @@ def some_states(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_the_tiles_that_a_moved_weight_gives_back_are_those_that_it_had(bits: float, calls: list[str]) -> None:
+    matrix = random_matrix(96, 128, bits)
+    weight = TrellisLinear(matrix)
+    assert weight.packed_tiles() is weight.packed
+    fake_kernels.hold_words(weight)
+    assert torch.equal(weight.packed_tiles(), torch.from_numpy(matrix.packed))
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "kernel"), [(1, "multiply"), (64, "multiply"), (65, "decode")])
 def test_a_product_is_that_of_the_cpu(bits: float, rows: int, kernel: str, calls: list[str]) -> None:
     matrix, bias = random_matrix(96, 128, bits), torch.linspace(-1, 1, 96)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ernieq.errors import VerificationError
+from ernieq.errors import FormatError, VerificationError
 from ernieq.pack import is_packed, verify_packed
 from tests.hostile.packed_damage import (
     MODULE,
@@ -106,6 +106,16 @@ def test_a_half_rate_in_a_file_of_version_0_1_is_refused(packed: Path) -> None:
 def test_another_format_version_is_refused(packed: Path, version: Any) -> None:
     quantization(packed, lambda config: config.update({"format_version": version}))
     refused(packed, "format version")
+
+
+@pytest.mark.parametrize(("version", "advised"), [("0.3", True), ("1.0", True), ("0.0", False), ("x", False)])
+def test_a_newer_format_version_alone_is_answered_with_the_advice_to_upgrade(
+    packed: Path, version: str, advised: bool
+) -> None:
+    quantization(packed, lambda config: config.update({"format_version": version}))
+    with pytest.raises(FormatError) as caught:
+        verify_packed(packed)
+    assert ("pip install --upgrade ernieq" in str(caught.value)) is advised
 
 
 def test_another_format_version_in_the_manifest_is_refused(packed: Path) -> None:

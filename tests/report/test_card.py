@@ -27,8 +27,10 @@ def facts(record: EvaluationRecord) -> dict[str, Any]:
 
 def test_the_card_says_how_to_load_and_why_the_import_is_needed(facts: dict[str, Any]) -> None:
     card = model_card(**facts)
-    assert 'import ernieq\n\nmodel = ernieq.load_model("ernie-21b-2bit")' in card
-    assert "experts at random" in card
+    assert card.index("import ernieq") < card.index("from transformers import AutoModelForCausalLM")
+    assert 'AutoModelForCausalLM.from_pretrained("ernie-21b-2bit")' in card
+    assert 'ernieq.load_model("ernie-21b-2bit")' in card
+    assert "weights at random" in card
 
 
 def test_the_card_states_sizes_and_bits_of_every_part_and_of_all(facts: dict[str, Any]) -> None:

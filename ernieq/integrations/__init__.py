@@ -1,0 +1,1 @@
+"""Packed checkpoints inside other people's programs, one folder each."""
