@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import huggingface_hub
-
 from ernieq.checkpoint.files import AUX_PATTERNS, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_weight_map
 from ernieq.errors import CheckpointError, StorageError
 
@@ -54,6 +52,8 @@ def download(source: str, revision: str | None, on_progress: OnProgress | None) 
 
 
 def _snapshot(source: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    import huggingface_hub  # a local directory needs none of it
+
     try:
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the library, its HTTP client and its transfer backend share no base class

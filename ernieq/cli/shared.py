@@ -162,6 +162,11 @@ class ProgressReport:
         """Print a line that stays, for example the figures of one finished layer."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def on_terminal(self, text: str) -> None:
+        """Print a line that stays, but only where the bar is drawn too."""
+        if self._bar is not None:
+            self.line(text)
+
 
 @contextmanager
 def progress_report(
