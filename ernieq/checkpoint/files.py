@@ -28,7 +28,7 @@ AUX_PATTERNS = (
 # The index of a 300 B model has 6 MB; what is beyond this is no configuration and no index.
 _MAX_JSON_BYTES = 1 << 25
 # A plain name: no folder, nothing hidden, nothing that leaves the directory.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 
 
 def aux_files(directory: Path) -> list[Path]:
