@@ -64,21 +64,25 @@ def open_regular(path: Path, error: type[ErnieqError]) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def read_json_object(path: Path, most_bytes: int, error: type[ErnieqError]) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
+def read_regular(path: Path, most_bytes: int, error: type[ErnieqError]) -> bytes:
+    """Content of a regular file that is not longer than allowed.
 
     Raises:
-        ErnieqError: of the class ``error``; it can't be read, is too long, or ``parse_json_object`` refuses it.
+        ErnieqError: of the class ``error``; it can't be read, is no regular file, or is too long.
     """
     with open_regular(path, error) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most_bytes:
-            raise error(f"{path} has {size} bytes; at most {most_bytes} are allowed in a JSON file")
+            raise error(f"{path} has {size} bytes; at most {most_bytes} are allowed in such a file")
         try:
-            raw = file.read(size)
+            return file.read(size)
         except OSError as fault:
             raise error(f"{path} can't be read: {fault.strerror}") from None
-    return parse_json_object(raw, str(path), error)
+
+
+def read_json_object(path: Path, most_bytes: int, error: type[ErnieqError]) -> dict[str, Any]:
+    """Read a file that holds one JSON object; raises as ``read_regular`` and ``parse_json_object``."""
+    return parse_json_object(read_regular(path, most_bytes, error), str(path), error)
 
 
 def parse_json_object(raw: bytes, what: str, error: type[ErnieqError]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ernieq.checkpoint.shard import Shard
+from ernieq.checkpoint.shard import Shard, check_tensor_name
 from ernieq.errors import CheckpointError
 from ernieq.untrusted import link_fault, read_json_object
 
@@ -71,6 +71,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; an object from tensor to file name is needed")
     for tensor, file in weight_map.items():
+        check_tensor_name(tensor, path)
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise CheckpointError(
                 f"{path} places {tensor[:100]!a} in {str(file)[:100]!a}; the plain name of a .safetensors file "

@@ -80,10 +80,7 @@ class Shard:
         self._map = None
 
     def _entry(self, name: str, fields: Any) -> ShardEntry:
-        if not name or not name.isprintable() or len(name) > 1000:
-            raise CheckpointError(
-                f"the tensor name {name[:60]!a} in {self.path} is not a line of printable text"
-            )
+        check_tensor_name(name, self.path)
         what = f"{name} in {self.path}"
         if not isinstance(fields, dict) or set(fields) != _FIELDS:
             raise CheckpointError(f"{what} must have exactly the fields dtype, shape and data_offsets")
@@ -120,6 +117,16 @@ class Shard:
             raise CheckpointError(
                 f"{self.path} has {self._size} bytes; its header accounts for {end} and no more are allowed"
             )
+
+
+def check_tensor_name(name: str, path: Path) -> None:
+    """Refuse a name that could not be printed, which errors and reports do.
+
+    Raises:
+        CheckpointError: it is empty, longer than 1000 characters, or holds a control character.
+    """
+    if not name or not name.isprintable() or len(name) > 1000:
+        raise CheckpointError(f"the tensor name {name[:60]!a} in {path} is not a line of printable text")
 
 
 def _read_table(path: Path) -> tuple[int, dict[str, Any], int]:

@@ -22,10 +22,10 @@ SQUARED_ERROR: dict[float, float] = {
     16: 0.0,
 }
 
-# A sound encoder's error in the weights is 1.0 to 1.6 times the code's own: error feedback and fewer state bits add
-# to it (docs/decisions.md has the figures). Where the target of a matrix was corrected toward the output of the
-# original, the correction counts as error too; up to 0.37 of the norm was seen. Signs, a rotation or an order of
-# rows that are wrong give 1.4, a scale that is twice too large 1.
+# A sound encoder's error in the weights is 1.0 to 1.6 times the code's own: error feedback and fewer state bits
+# add to it (docs/decisions.md has the figures). Where the target of a matrix was corrected toward the output of
+# the original, the correction counts as error too; up to 0.37 of the norm was seen. Signs, a rotation or an
+# order of rows that are wrong give 1.4, a scale that is twice too large 1.
 _USUAL_FACTOR = 2.0
 _LARGEST_CORRECTION = 0.5
 

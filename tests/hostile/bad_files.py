@@ -129,6 +129,15 @@ JSON_BOMBS: dict[str, bytes] = {
     "four million numbers": b'{"a":[' + b"999," * 4_000_000 + b"1]}",
 }
 
+BAD_NAMES = {
+    "that is empty": "",
+    "with a line end": "a\nb",
+    "with NUL": "a\0b",
+    "that a terminal obeys": "\x1b[2J",
+    "of two thousand letters": "x" * 2000,
+    "of a million letters": "x" * 1_000_000,
+}
+
 SHARD_CASES: dict[str, Damage] = {
     **{f"truncated to {kept}": truncate(kept) for kept in (0, 1, 7, 8, 9, 500, -1)},
     **{f"announces {length}": announce(length) for length in (2**64 - 1, 2**63, 2**40, 10**6)},
@@ -166,17 +175,7 @@ SHARD_CASES: dict[str, Damage] = {
     "two tensors in one place": twin,
     "a hole": lambda directory: edit_header(directory / SHARD, lambda header: header.pop(NORM)),
     "trailing bytes": lambda directory: (directory / SHARD).open("ab").write(b"\0"),
-    **{
-        f"name {what}": rename(name)
-        for what, name in {
-            "empty": "",
-            "with a line end": "a\nb",
-            "with NUL": "a\0b",
-            "that a terminal obeys": "\x1b[2J",
-            "of two thousand letters": "x" * 2000,
-            "of a million letters": "x" * 1_000_000,
-        }.items()
-    },
+    **{f"a name {what}": rename(name) for what, name in BAD_NAMES.items()},
     **{f"shard {what}": replace(SHARD, make) for what, make in NO_FILES.items()},
 }
 
@@ -222,7 +221,12 @@ def forget(directory: Path) -> None:
 
 INDEX_CASES: dict[str, Damage] = {
     **{f"{what}": overwrite(INDEX, text) for what, text in JSON_BOMBS.items()},
-    **{f"{what}": replace(INDEX, make) for what, make in NO_FILES.items() if "nothing" not in what and "itself" not in what},
+    **{
+        f"{what}": replace(INDEX, make)
+        for what, make in NO_FILES.items()
+        if what
+        not in ("a link to nothing", "a link to itself")  # then there is no index, which is another case
+    },
     "a sparse file of 16 GB": lambda directory: os.truncate(directory / INDEX, 2**34),
     "a shard in another directory": elsewhere,
     **{
@@ -249,9 +253,19 @@ INDEX_CASES: dict[str, Damage] = {
     "a shard that is not there": index_entry("model-00099-of-00099.safetensors"),
     "a shard of another place": swap,
     "a tensor that is not listed": forget,
-    **{f"weight_map {value!r}": index_map(value) for value in (None, [], {}, "x", 3)},
-    "a hundred thousand ghosts": index_map({f"ghost.{number}": "model-00001-of-00001.safetensors" for number in range(100_000)}),
-}  # fmt: skip
+    **{
+        f"a tensor name {what}": index_map({name: "model-00001-of-00002.safetensors"})
+        for what, name in BAD_NAMES.items()
+    },
+    "no map": index_map(None),
+    "a list for a map": index_map([]),
+    "an empty map": index_map({}),
+    "a text for a map": index_map("x"),
+    "a number for a map": index_map(3),
+    "a hundred thousand ghosts": index_map(
+        {f"ghost.{number}": "model-00001-of-00001.safetensors" for number in range(100_000)}
+    ),
+}
 
 ALL_CASES: dict[str, tuple[str, dict[str, Damage]]] = {
     "shard": (SHARD, SHARD_CASES),

@@ -16,7 +16,10 @@ MOST_BYTES = 64_000_000
 
 
 def refusal(
-    action: Callable[[], object], kind: type[ErnieqError], match: str | None = None, most_bytes: int = MOST_BYTES
+    action: Callable[[], object],
+    kind: type[ErnieqError],
+    match: str | None = None,
+    most_bytes: int = MOST_BYTES,
 ) -> str:
     """Expect an action to be refused, twice: once to time it, once to count the memory that it takes."""
     waited, started = time.monotonic(), time.process_time()
