@@ -113,12 +113,12 @@ def parse_json_object(raw: bytes, what: str, error: type[ErnieqError]) -> dict[s
         raise error(f"{what} is corrupt: its JSON is nested too deep") from None
     except ValueError as fault:
         raise error(f"{what} is corrupt: {fault}") from None
+    if not isinstance(value, dict):
+        raise error(f"{what} holds a JSON {type(value).__name__}; an object is needed")
     if _is_deeper(value, _MAX_DEPTH):
         raise error(f"{what} is corrupt: its JSON is nested too deep")
     if _SURROGATE_ESCAPE.search(raw) and not _is_text(value):
         raise error(f"{what} is corrupt: it holds half of a surrogate pair, which is no text")
-    if not isinstance(value, dict):
-        raise error(f"{what} holds a JSON {type(value).__name__}; an object is needed")
     return value
 
 
@@ -142,14 +142,14 @@ def _finite(text: str) -> float:
     return value
 
 
-def _is_deeper(value: object, depth: int) -> bool:
+def _is_deeper(value: dict[str, Any], depth: int) -> bool:
     """Whether containers nest beyond a depth; level by level, because a recursion would end there."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(depth):
         level = [
             child
             for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else parent)  # type: ignore[attr-defined]
+            for child in (parent.values() if isinstance(parent, dict) else parent)
             if isinstance(child, (dict, list))
         ]
         if not level:

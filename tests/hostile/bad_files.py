@@ -109,7 +109,10 @@ NO_FILES: dict[str, Callable[[Path], object]] = {
 
 JSON_BOMBS: dict[str, bytes] = {
     "nothing": b"",
-    "no object": b"[]",
+    "a list": b"[]",
+    "a number": b"1",
+    "a text": b'"x"',
+    "null": b"null",
     "a byte order mark": b"\xef\xbb\xbf{}",
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "no UTF-8": b'{"a":"\xc3("}',

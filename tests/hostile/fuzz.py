@@ -7,6 +7,7 @@ What fails is printed, shrunk to its least, once for each place in the code; it 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 import traceback
@@ -15,11 +16,10 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, seed, settings
 
-from tests.hostile import test_fuzz_packed, test_fuzz_source, test_fuzz_texts
-
-MODULES = (test_fuzz_packed, test_fuzz_source, test_fuzz_texts)
-TURN = settings(
-    max_examples=300,
+MODULES = ("test_fuzz_packed", "test_fuzz_source", "test_fuzz_texts")
+settings.register_profile(
+    "fuzz",
+    max_examples=300,  # of one turn
     derandomize=False,
     database=None,
     deadline=None,
@@ -29,11 +29,11 @@ TURN = settings(
 
 
 def targets() -> dict[str, Any]:
-    """The fuzz tests by name."""
+    """The fuzz tests by name; they take the profile that is loaded when they are imported."""
     return {
-        f"{module.__name__.rpartition('.')[2]}.{name}": test
+        f"{module}.{name}": test
         for module in MODULES
-        for name, test in vars(module).items()
+        for name, test in vars(importlib.import_module(f"tests.hostile.{module}")).items()
         if name.startswith("test_fuzz_")
     }
 
@@ -44,6 +44,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of the first turn")
     options = parser.parse_args()
+    settings.load_profile("fuzz")
     end, turn = time.monotonic() + 60 * options.minutes, options.seed
     examples: Counter[str] = Counter()
     found: set[str] = set()
@@ -68,7 +69,7 @@ def run_turn(name: str, test: Any, turn: int, examples: Counter[str], found: set
 
     test.hypothesis.inner_test = counted
     try:
-        seed(turn)(settings(TURN)(test))()
+        seed(turn)(test)()
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{name}: {type(error).__name__} at {frame.filename}:{frame.lineno}"
