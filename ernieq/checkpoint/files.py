@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ def aux_files(directory: Path) -> list[Path]:
     """Tokenizer, generation settings and chat template of a directory, by name.
 
     Raises:
-        CheckpointError: one of them is a link out of the directory; it would be copied into the output.
+        CheckpointError: one of them is a pipe or device, which would never end, or a link out of the directory,
+            which would be copied into the output.
     """
-    found = {path for pattern in AUX_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(own_file(directory, path.name) for path in found)
+    names = [path.name for path in directory.iterdir() if not path.is_dir()]
+    wanted = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in AUX_PATTERNS))
+    return [own_file(directory, name) for name in wanted]
 
 
 def own_file(directory: Path, name: str) -> Path:

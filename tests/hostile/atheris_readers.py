@@ -1,8 +1,8 @@
 """Fuzz the parsers guided by coverage: ``python -m tests.hostile.atheris_readers -max_total_time=600 CORPUS``.
 
-Needs ``pip install atheris`` (Linux, and not every CPython), so it is no part of the development tools. The first
-byte of an input chooses the parser. CORPUS is a folder that libFuzzer fills; it begins with valid files. What it
-finds belongs into a test: ``bad_files.py`` or beside the parser. Torch is not needed.
+Needs ``pip install atheris`` (Linux, and not every CPython), so it is no part of the development tools. The
+first byte of an input chooses the parser. CORPUS is a folder that libFuzzer fills; it begins with valid files.
+What it finds belongs into a test: ``bad_files.py`` or beside the parser. Torch is not needed.
 """
 
 from __future__ import annotations
