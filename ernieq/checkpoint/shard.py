@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ernieq.errors import CheckpointError
-from ernieq.untrusted import open_regular, parse_json_object
+from ernieq.untrusted import open_regular, parse_json_object, paused_collector
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -55,9 +55,10 @@ class Shard:
             CheckpointError: the file can't be read, is truncated, or its header breaks a rule of the format.
         """
         self.path = path
-        self._size, table, self._data_begin = _read_table(path)
-        self.metadata = _metadata(table.pop("__metadata__", {}), path)
-        self.entries = {name: self._entry(name, fields) for name, fields in table.items()}
+        with paused_collector():
+            self._size, table, self._data_begin = _read_table(path)
+            self.metadata = _metadata(table.pop("__metadata__", {}), path)
+            self.entries = {name: self._entry(name, fields) for name, fields in table.items()}
         self._check_cover()
         self._map: mmap.mmap | None = None
 

@@ -33,7 +33,7 @@ from rich.text import Text
 
 from ernieq.bundled import resolve_source
 from ernieq.kernels.backend import Backend, default_threads
-from ernieq.records import format_rate
+from ernieq.records import format_bytes, format_rate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _AUTO_DEVICE = "ernieq.auto_device"
@@ -204,4 +204,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The rate, or nothing before there is one."""
-        return Text(format_rate(task.speed, self._unit) if task.speed else "", style="progress.data.speed")
+        if not task.speed:
+            return Text("")
+        in_bytes = self._unit == "bytes"  # which have units of their own
+        text = f"{format_bytes(round(task.speed))}/s" if in_bytes else format_rate(task.speed, self._unit)
+        return Text(text, style="progress.data.speed")

@@ -19,7 +19,7 @@ from typing import Any
 from ernieq.errors import FormatError
 from ernieq.pack.json_file import MAX_JSON_BYTES
 from ernieq.pack.paths import check_tensor_name
-from ernieq.untrusted import open_regular, parse_json_object
+from ernieq.untrusted import open_regular, parse_json_object, paused_collector
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -128,18 +128,24 @@ def read_shard_header(path: Path) -> ShardHeader:
         FormatError: the file breaks a rule of FORMAT.md, "Shards".
     """
     file_bytes, raw = _read_raw(path)
+    with paused_collector():
+        entries = _entries(raw, path)
+    _check_contiguous(entries, len(raw), file_bytes, path)
+    return ShardHeader(entries, len(raw), hashlib.sha256(raw))
+
+
+def _entries(raw: bytes, path: Path) -> list[TensorEntry]:
+    """The tensors that the first bytes of a file describe, in the order of their data."""
     if raw[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
         raise FormatError(f"{path} has a header that does not start with '{{'")
     table = parse_json_object(raw[_LENGTH_BYTES:], f"the header of {path}", FormatError)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path} has __metadata__ that is not an object of strings")
-    entries = sorted(
+    return sorted(
         (_entry(name, fields, len(raw), path) for name, fields in table.items()),
         key=lambda entry: (entry.begin, entry.end),
     )
-    _check_contiguous(entries, len(raw), file_bytes, path)
-    return ShardHeader(entries, len(raw), hashlib.sha256(raw))
 
 
 def _read_raw(path: Path) -> tuple[int, bytes]:

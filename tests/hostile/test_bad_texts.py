@@ -130,7 +130,7 @@ def test_a_bad_summary_of_kept_hessians_is_refused(tmp_path: Path, text: bytes) 
         lambda: HessianDirectory(tmp_path).record,
         CheckpointError,
         "is no finished output of ernieq calibrate",
-        most_bytes=160_000_000,
+        most_bytes=200_000_000,
     )
 
 

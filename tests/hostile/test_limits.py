@@ -16,10 +16,12 @@ from ernieq.errors import CheckpointError, FormatError
 from ernieq.model import ModelConfig, expected_parameters
 from ernieq.pack import read_header
 from ernieq.pack.patterns import MAX_NAMES, expand_names
+from ernieq.untrusted import parse_json_object, paused_collector
 from tests.hostile.refusal import refusal
 from tests.tiny import TinyOptions, tiny_config
 
 MOST_SECONDS = 2.0  # of processor time, for what is read and not refused
+MOST_JSON_BYTES = 200_000_000  # for 16 MiB of it
 MOST_TENSOR_BYTES = 1600  # of memory for each tensor of a header, while it is read
 READERS = pytest.mark.parametrize(
     "read", [read_header, lambda path: Shard(path).entries], ids=["packed", "source"]
@@ -64,6 +66,34 @@ def test_as_many_names_as_are_allowed_are_expanded_quickly() -> None:
     assert len(expand_names(["model.layers.0-127.mlp.experts.0-1023.up_proj"], "a file")) == MAX_NAMES
     assert time.process_time() - started < MOST_SECONDS
     refusal(lambda: expand_names(["a.0-131071", "b.0"], "a file"), FormatError, "more than 131072 names")
+
+
+def test_names_that_are_long_and_many_are_refused_before_they_are_made() -> None:
+    """Found by fuzzing: 500 bytes asked for 70 MB of names."""
+    pattern = "model.layers.0-131071." + "x" * 480
+    refusal(
+        lambda: expand_names([pattern], "a file"), FormatError, "131072 names of some 502 characters", 1_500_000
+    )
+
+
+LARGEST: dict[str, bytes] = {
+    "keys": b"{" + b",".join(b'"%d":0' % number for number in range(780_000)) + b"}",
+    "lists": b'{"a":[' + b"[]," * 520_000 + b"[]]}",
+    "texts": b'{"a":[' + b'"xxxx",' * 1_040_000 + b'""]}',
+}
+
+
+@pytest.mark.parametrize("text", LARGEST.values(), ids=LARGEST)
+def test_the_largest_json_that_is_allowed_is_parsed_quickly_in_bounded_memory(text: bytes) -> None:
+    started = time.process_time()
+    with paused_collector():
+        parse_json_object(text, "a file", FormatError)
+    assert time.process_time() - started < MOST_SECONDS
+    tracemalloc.start()
+    parse_json_object(text, "a file", FormatError)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < MOST_JSON_BYTES
 
 
 CONFIG_FAULTS: dict[str, dict[str, Any]] = {
