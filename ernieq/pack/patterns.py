@@ -34,8 +34,8 @@ def expand_names(patterns: Iterable[str], what: str) -> list[str]:
     """All names that the patterns stand for, in the order of the patterns.
 
     Raises:
-        FormatError: a set is malformed or falls, or the patterns stand for more than ``MAX_NAMES`` names, for too
-            long ones, or for one name twice.
+        FormatError: a set is malformed or falls, or the patterns stand for more than ``MAX_NAMES`` names, for
+            names that are too long together, or for one name twice.
     """
     names: list[str] = []
     for pattern in patterns:

@@ -16,7 +16,7 @@ from tests.hostile.refusal import refusal
 from tests.pack.packed_factory import write_packed
 from tests.tiny import write_tiny
 
-# How many bytes may be allocated: sixteen megabytes of JSON are allowed, and become a dozen times that in memory.
+# Bytes that may be allocated: sixteen megabytes of JSON are allowed, and become twelve times that in memory.
 MOST_BYTES = 200_000_000
 
 

@@ -72,7 +72,7 @@ def test_names_that_are_long_and_many_are_refused_before_they_are_made() -> None
     """Found by fuzzing: 500 bytes asked for 70 MB of names."""
     pattern = "model.layers.0-131071." + "x" * 480
     refusal(
-        lambda: expand_names([pattern], "a file"), FormatError, "131072 names of some 502 characters", 1_500_000
+        lambda: expand_names([pattern], "a file"), FormatError, "131072 names of some 502 characters", 8_000_000
     )
 
 
