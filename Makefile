@@ -8,6 +8,7 @@ comma := ,
 PYTHON ?= python3
 PIP_FLAGS ?=
 CONSTRAINTS ?= constraints.txt
+MINUTES ?= 10
 
 # The GPU's kernels need cuda-core; it is installed where a driver of NVIDIA's is.
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
@@ -20,7 +21,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -n
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers lint format bench install clean
+.PHONY: help demo test test-transformers lint format bench fuzz install clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -47,6 +48,9 @@ format: install  ## bring all files into the house style
 
 bench: install  ## run the benchmarks with their defaults
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+fuzz: install  ## damage files at random for MINUTES=10 and see that the readers refuse them
+	$(BIN)/python -m tests.hostile.fuzz --minutes $(MINUTES)
 
 clean:  ## remove all that make has made
 	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache

@@ -52,11 +52,13 @@ def bundled_model(name: str = DEFAULT_MODEL) -> Path:
 
 
 def resolve_source(source: str | Path) -> Path | str:
-    """Turn ``bundled:NAME`` into that model's directory; a path or a hub id comes back as it is.
+    """Turn ``bundled`` or ``bundled:NAME`` into that model's directory; a path or a hub id comes back as it is.
 
     Raises:
         UsageError: no model of that name is bundled.
     """
+    if source == BUNDLED_PREFIX.rstrip(":"):
+        return bundled_model()
     if isinstance(source, str) and source.startswith(BUNDLED_PREFIX):
         return bundled_model(source.removeprefix(BUNDLED_PREFIX))
     return source

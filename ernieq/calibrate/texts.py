@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from ernieq.errors import TextError
+from ernieq.untrusted import read_regular
+
+_MOST_BYTES = 1 << 28  # of a text: some 60 million tokens, of which a sample takes 130,000
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
@@ -69,16 +74,14 @@ def read_text_file(path: Path) -> TextFile:
     Raises:
         TextError: the file is missing, not UTF-8, empty, or a line is not a JSON object with a text.
     """
+    raw = read_regular(path, _MOST_BYTES, TextError)
     try:
-        raw = path.read_bytes()
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise TextError(f"{path} can't be read: {error.strerror}") from error
     if path.suffix == ".jsonl":
         documents = [
-            _document(path, number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+            _document(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
         ]
     else:
         documents = [text]
@@ -91,10 +94,12 @@ def read_text_file(path: Path) -> TextFile:
 def _document(path: Path, number: int, line: str) -> str:
     try:
         document = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TextError(f'{path} line {number} is not a JSON object with a "text"') from error
     if not isinstance(document, str):
         raise TextError(f'{path} line {number}: "text" is not a string')
+    if _HALF_PAIR.search(document):
+        raise TextError(f'{path} line {number}: "text" holds half of a surrogate pair, which is no text')
     return document
 
 

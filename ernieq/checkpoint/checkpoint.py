@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ernieq.checkpoint.files import CONFIG_FILE, aux_files, is_wint2_config, open_shards
+from ernieq.checkpoint.files import CONFIG_FILE, aux_files, is_wint2_config, open_shards, read_json
 from ernieq.checkpoint.hub import OnProgress, locate
-from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.shard import Shard, ShardEntry
 from ernieq.errors import (
     CheckpointError,
@@ -23,12 +18,10 @@ from ernieq.errors import (
 )
 from ernieq.model import ModelConfig, ParameterSpec, expected_parameters
 
-_TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
-    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
-}  # fmt: skip
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 # A tensor under these names that the configuration does not call for would change what the model computes;
 # anything else (``mtp_*``, a tied head that is stored all the same) has no part in it.
@@ -110,18 +103,9 @@ class Checkpoint:
         Raises:
             MissingTensorError: there is no such tensor.
         """
-        shard, entry = self._place(name)
-        stored = _TORCH_DTYPES[entry.dtype]
-        if 0 in entry.shape:
-            return torch.empty(entry.shape, dtype=dtype or stored)
-        count = (entry.end - entry.begin) // stored.itemsize
-        if entry.begin % stored.itemsize:  # legal in the format, but no processor likes it: copy
-            flat = torch.frombuffer(bytearray(self.read_bytes(name)), dtype=stored)
-        else:
-            with warnings.catch_warnings():  # torch has no read-only tensors and says so
-                warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                flat = torch.frombuffer(shard.mapping(), dtype=stored, count=count, offset=entry.begin)
-        tensor = flat.view(entry.shape)
+        from ernieq.checkpoint.tensors import view_tensor  # names, shapes and bytes are read without torch
+
+        tensor = view_tensor(*self._place(name))
         return tensor if dtype is None else tensor.to(dtype)
 
     def read_bytes(self, name: str) -> memoryview:
@@ -243,9 +227,9 @@ def open_checkpoint(
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{directory} is no checkpoint: it holds no {CONFIG_FILE}")
-    raw = read_json_object(path)
+    raw = read_json(path)
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization

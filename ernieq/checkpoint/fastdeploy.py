@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ernieq.checkpoint.checkpoint import Checkpoint, TensorInfo
 from ernieq.checkpoint.fastdeploy_layout import UNSLICED, FastDeployLayout, Storage, StoredTensor
-from ernieq.checkpoint.files import CONFIG_FILE, is_wint2_config
+from ernieq.checkpoint.files import CONFIG_FILE, is_wint2_config, read_json
 from ernieq.checkpoint.hub import OnProgress, locate
 from ernieq.checkpoint.input_order import InputOrder, told_by_channels
-from ernieq.checkpoint.json_object import read_json_object
 from ernieq.checkpoint.weight_only import decode_int4, decode_int8
 from ernieq.checkpoint.wint2 import decode_wint2, natural_inputs
 from ernieq.errors import CheckpointError, MissingTensorError
@@ -163,7 +162,7 @@ def open_fastdeploy(
 def is_fastdeploy(directory: Path) -> bool:
     """Whether the directory's ``config.json`` speaks of WINT2."""
     path = directory / CONFIG_FILE
-    return path.is_file() and is_wint2_config(read_json_object(path))
+    return path.is_file() and is_wint2_config(read_json(path))
 
 
 def _refuse_slices(directory: Path) -> None:
@@ -181,7 +180,7 @@ def _ordinary_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it holds no {CONFIG_FILE}")
-    raw = read_json_object(path)
+    raw = read_json(path)
     ordinary = {key: value for key, value in raw.items() if key != "quantization_config"}
     ordinary.setdefault("architectures", ["Ernie4_5_MoeForCausalLM"])
     ordinary.setdefault("model_type", "ernie4_5_moe")

@@ -1,14 +1,15 @@
-"""Which files of a directory hold the weights, and which belong beside them."""
+"""Which files of a directory hold the weights, and which belong beside them. Runs without torch."""
 
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ernieq.checkpoint.json_object import read_json_object
-from ernieq.checkpoint.shard import Shard
+from ernieq.checkpoint.shard import Shard, check_tensor_name
 from ernieq.errors import CheckpointError
+from ernieq.untrusted import link_fault, read_json_object
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -26,14 +27,42 @@ AUX_PATTERNS = (
     "generation_config.json",
     "*.model",
 )
+# The index of a 300 B model has 6 MB; what is beyond this is no configuration and no index.
+_MAX_JSON_BYTES = 1 << 25
 # A plain name: no folder, nothing hidden, nothing that leaves the directory.
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors")
 
 
 def aux_files(directory: Path) -> list[Path]:
-    """Tokenizer, generation settings and chat template of a directory, by name."""
-    found = {path for pattern in AUX_PATTERNS for path in directory.glob(pattern) if path.is_file()}
-    return sorted(found)
+    """Tokenizer, generation settings and chat template of a directory, by name.
+
+    Raises:
+        CheckpointError: one of them is a pipe or device, which would never end, or a link out of the directory,
+            which would be copied into the output.
+    """
+    names = [path.name for path in directory.iterdir() if not path.is_dir()]
+    wanted = sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in AUX_PATTERNS))
+    return [own_file(directory, name) for name in wanted]
+
+
+def own_file(directory: Path, name: str) -> Path:
+    """Path of a regular file of a checkpoint, which lies in its directory or in the hub's cache.
+
+    Raises:
+        CheckpointError: it is missing, no regular file, or a link to somewhere else.
+    """
+    if fault := link_fault(directory, name):
+        raise CheckpointError(fault)
+    return directory / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a checkpoint that holds one JSON object.
+
+    Raises:
+        CheckpointError: it is missing, leads elsewhere, is too large, or is not a strict JSON object.
+    """
+    return read_json_object(own_file(path.parent, path.name), _MAX_JSON_BYTES, CheckpointError)
 
 
 def is_wint2_config(raw: dict[str, Any]) -> bool:
@@ -48,10 +77,11 @@ def read_weight_map(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: the index is malformed, or names a file that is not directly in its directory.
     """
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; an object from tensor to file name is needed")
     for tensor, file in weight_map.items():
+        check_tensor_name(tensor, path)
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise CheckpointError(
                 f"{path} places {tensor[:100]!a} in {str(file)[:100]!a}; the plain name of a .safetensors file "
@@ -67,19 +97,19 @@ def open_shards(directory: Path) -> list[Shard]:
         CheckpointError: there are no weights, a shard is missing or malformed, or shards and index disagree.
     """
     if (directory / SINGLE_FILE).exists():  # transformers, too, takes it before an index
-        return [Shard(directory / SINGLE_FILE)]
+        return [Shard(own_file(directory, SINGLE_FILE))]
     index = directory / INDEX_FILE
     if not index.exists():
         raise CheckpointError(_no_weights(directory))
     weight_map = read_weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if not (directory / name).is_file():
+        if not (directory / name).exists():
             tensor = next(tensor for tensor, file in weight_map.items() if file == name)
             raise CheckpointError(
                 f"{index} places {tensor} in {name}, but there is no such file in {directory}"
             )
-    shards = [Shard(directory / name) for name in names]
+    shards = [Shard(own_file(directory, name)) for name in names]
     _check_agreement(weight_map, shards, index)
     return shards
 

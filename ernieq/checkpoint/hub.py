@@ -7,8 +7,6 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import huggingface_hub
-
 from ernieq.checkpoint.files import (
     AUX_PATTERNS,
     CONFIG_FILE,
@@ -17,7 +15,6 @@ from ernieq.checkpoint.files import (
     SINGLE_FILE,
     read_weight_map,
 )
-from ernieq.checkpoint.hub_errors import hub_sentence
 from ernieq.errors import CheckpointError, StorageError, UsageError
 
 OnProgress = Callable[[str, int, int], None]
@@ -104,6 +101,10 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def _snapshot(source: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    import huggingface_hub  # a local directory needs none of it
+
+    from ernieq.checkpoint.hub_errors import hub_sentence
+
     try:
         return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the library, its HTTP client and its transfer backend share no base class

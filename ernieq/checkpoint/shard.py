@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernieq.checkpoint.json_object import parse_json_object
 from ernieq.errors import CheckpointError
+from ernieq.untrusted import open_regular, parse_json_object, paused_collector
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -22,7 +23,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 _PREFIX_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own bound
+_MAX_HEADER_BYTES = 1 << 25  # five times the index of a 300 B model
 _MAX_RANK = 8
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
@@ -54,9 +55,10 @@ class Shard:
             CheckpointError: the file can't be read, is truncated, or its header breaks a rule of the format.
         """
         self.path = path
-        self._size, table, self._data_begin = _read_table(path)
-        self.metadata = _metadata(table.pop("__metadata__", {}), path)
-        self.entries = {name: self._entry(name, fields) for name, fields in table.items()}
+        with paused_collector():
+            self._size, table, self._data_begin = _read_table(path)
+            self.metadata = _metadata(table.pop("__metadata__", {}), path)
+            self.entries = {name: self._entry(name, fields) for name, fields in table.items()}
         self._check_cover()
         self._map: mmap.mmap | None = None
 
@@ -64,7 +66,7 @@ class Shard:
         """The whole file, mapped read-only. Buffers made from it keep it alive after ``release``."""
         if self._map is None:
             try:
-                with self.path.open("rb") as file:
+                with open_regular(self.path, CheckpointError) as file:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{self.path} can't be mapped into memory: {error}") from None
@@ -79,10 +81,7 @@ class Shard:
         self._map = None
 
     def _entry(self, name: str, fields: Any) -> ShardEntry:
-        if not name or not name.isprintable() or len(name) > 1000:
-            raise CheckpointError(
-                f"the tensor name {name[:60]!a} in {self.path} is not a line of printable text"
-            )
+        check_tensor_name(name, self.path)
         what = f"{name} in {self.path}"
         if not isinstance(fields, dict) or set(fields) != _FIELDS:
             raise CheckpointError(f"{what} must have exactly the fields dtype, shape and data_offsets")
@@ -121,11 +120,21 @@ class Shard:
             )
 
 
+def check_tensor_name(name: str, path: Path) -> None:
+    """Refuse a name that could not be printed, which errors and reports do.
+
+    Raises:
+        CheckpointError: it is empty, longer than 1000 characters, or holds a control character.
+    """
+    if not name or not name.isprintable() or len(name) > 1000:
+        raise CheckpointError(f"the tensor name {name[:60]!a} in {path} is not a line of printable text")
+
+
 def _read_table(path: Path) -> tuple[int, dict[str, Any], int]:
     """File size in bytes, the parsed header, and where the data begins."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
             if size < _PREFIX_BYTES or length > size - _PREFIX_BYTES:
                 raise CheckpointError(
@@ -141,7 +150,7 @@ def _read_table(path: Path) -> tuple[int, dict[str, Any], int]:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
     if text[:1] != b"{":
         raise CheckpointError(f"the header of {path} is corrupt: it does not begin with '{{'")
-    return size, parse_json_object(text, f"the header of {path}"), _PREFIX_BYTES + length
+    return size, parse_json_object(text, f"the header of {path}", CheckpointError), _PREFIX_BYTES + length
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

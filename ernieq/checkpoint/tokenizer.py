@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ernieq.checkpoint.files import aux_files
 from ernieq.errors import CheckpointError
 
 
@@ -23,6 +24,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     if not any(directory.glob("tokenizer*")) and not any(directory.glob("*.model")):
         raise CheckpointError(f"{directory} holds no tokenizer; tokenizer.json or tokenizer.model is needed")
+    aux_files(directory)  # the library would wait for a pipe
     from transformers import AutoTokenizer  # slow to import, and most uses of a checkpoint need no text
 
     try:

@@ -28,9 +28,7 @@ from ernieq.records import format_bytes
 @overwrite_option
 @threads_option
 @backend_option
-def command(
-    path: str, dtype: str, out: Path | None, overwrite: bool, threads: int, backend: Backend
-) -> None:
+def command(path: str, dtype: str, out: Path | None, overwrite: bool, threads: int, backend: Backend) -> None:
     """Write the decoded weights of the packed checkpoint PATH, a directory or hub id, as an ordinary one.
 
     Any tool that reads the original model reads the result: it is the check that the packed form means what

@@ -43,7 +43,8 @@ def command(
     names = _files(path)
     require_login()
     with progress_report("verify", unit="bytes") as report:
-        verify_packed(path, expected_shapes=expected_shapes(path), on_progress=report.update)
+        reader = PackedReader(path)
+        verify_packed(reader, expected_shapes=expected_shapes(reader), on_progress=report.update)
     nbytes = sum((path / name).stat().st_size for name in names)
     click.echo(f"sending {len(names)} files, {format_bytes(nbytes)}, to {repository}", err=True)
     card = card_for_hub((path / CARD_NAME).read_text(encoding="utf-8"), path.resolve().name, repository)

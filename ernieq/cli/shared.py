@@ -33,7 +33,7 @@ from rich.text import Text
 
 from ernieq.bundled import resolve_source
 from ernieq.kernels.backend import Backend, default_threads
-from ernieq.records import format_rate
+from ernieq.records import format_bytes, format_rate
 
 if TYPE_CHECKING:
     from ernieq.checkpoint import Checkpoint
@@ -183,6 +183,11 @@ class ProgressReport:
         """Print a line that stays, for example the figures of one finished layer."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def on_terminal(self, text: str) -> None:
+        """Print a line that stays, but only where the bar is drawn too."""
+        if self._bar is not None:
+            self.line(text)
+
 
 @contextmanager
 def progress_report(
@@ -220,4 +225,8 @@ class _RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The rate, or nothing before there is one."""
-        return Text(format_rate(task.speed, self._unit) if task.speed else "", style="progress.data.speed")
+        if not task.speed:
+            return Text("")
+        in_bytes = self._unit == "bytes"  # which have units of their own
+        text = f"{format_bytes(round(task.speed))}/s" if in_bytes else format_rate(task.speed, self._unit)
+        return Text(text, style="progress.data.speed")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ernieq.convert.plain_output import check_written, plain_config, refuse_overlap, refuse_small_disk
-from ernieq.kernels import hadamard, trellis_matmul
+from ernieq.kernels import matrix_rows
 from ernieq.kernels.backend import Backend
 from ernieq.pack import (
     DEFAULT_SHARD_BYTES,
@@ -56,14 +55,10 @@ def decode_rows(
         (rows, in_features) float32, in order; together ``diag(scale) (values / 128) H diag(signs)``.
     """
     row_tiles = max(1, _CHUNK_WEIGHTS // (matrix.in_features * TILE_SIDE))
-    signs = torch.from_numpy(matrix.signs)
     for first in range(0, matrix.packed.shape[0], row_tiles):
         rows = slice(first * TILE_SIDE, (first + row_tiles) * TILE_SIDE)
-        # Copies, because torch takes no read-only arrays; they are an eighth of what they decode to.
-        packed = torch.from_numpy(np.array(matrix.packed[first : first + row_tiles]))
-        scale = torch.from_numpy(np.array(matrix.scale[rows]))
-        rotated = trellis_matmul.decode(packed, scale, matrix.code, backend=backend, threads=threads)
-        yield hadamard.unrotate(rotated, signs, matrix.rotation_block, backend=backend, threads=threads)
+        band = replace(matrix, packed=matrix.packed[first : first + row_tiles], scale=matrix.scale[rows])
+        yield torch.from_numpy(matrix_rows.decode(band, backend=backend, threads=threads))
 
 
 def export_bf16(

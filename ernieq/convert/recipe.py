@@ -30,7 +30,10 @@ from typing import Any, TypeGuard
 from ernieq.errors import RecipeError
 from ernieq.kernels.viterbi import FULL_FIRST_PASS, check_first_pass
 from ernieq.trellis import RATES
+from ernieq.untrusted import read_regular
 
+_MOST_RECIPE_BYTES = 1 << 20
+_MOST = 1 << 31  # of a number in a recipe: far above what means anything
 KEEP = 16  # "bits" of a tensor that keeps the numbers of the source
 BITS_ALLOWED = f"1.5 to 6 in halves, 7, 8, or {KEEP} to keep the source"
 
@@ -196,11 +199,12 @@ def stated_parts(path: Path) -> list[Part]:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    raw = read_regular(path, _MOST_RECIPE_BYTES, RecipeError)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path} can't be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise RecipeError(f"recipe {path} is not TOML that can be read: it is nested too deep") from None
+    except ValueError as error:  # not UTF-8, not TOML, or a number of thousands of digits
         raise RecipeError(f"recipe {path} is not TOML: {error}") from error
 
 
@@ -209,8 +213,11 @@ def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Reci
     known = {"bits", "seed", "parts", "modules", "encode", "calibration", "tune"}
     if unknown := set(raw) - known:
         raise RecipeError(
-            f"{origin}: unknown key {sorted(unknown)[0]!r}; known keys are {_listed(sorted(known))}"
+            f"{origin}: unknown key {_shown(sorted(unknown)[0])}; known keys are {_listed(sorted(known))}"
         )
+    for name in sorted(known - {"bits", "seed"}):
+        if not isinstance(raw.get(name, {}), Mapping):
+            raise RecipeError(f"{origin}: {name} is {_shown(raw[name])}; a table is needed")
     parts = dict(recipe.parts)
     for name, bits in raw.get("parts", {}).items():
         if name not in set(Part):
@@ -218,7 +225,7 @@ def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Reci
         parts[Part(name)] = _checked_bits(bits, f"{origin}: parts.{name}")
     modules = dict(recipe.modules)
     for pattern, bits in raw.get("modules", {}).items():
-        modules[pattern] = _checked_bits(bits, f"{origin}: modules.{pattern!r}")
+        modules[pattern] = _checked_bits(bits, f"{origin}: modules.{_shown(pattern)}")
     return dataclasses.replace(
         recipe,
         parts=parts,
@@ -226,14 +233,14 @@ def apply_overrides(recipe: Recipe, raw: Mapping[str, Any], origin: str) -> Reci
         encode=_replaced(recipe.encode, raw.get("encode", {}), f"{origin}: encode"),
         calibration=_replaced(recipe.calibration, raw.get("calibration", {}), f"{origin}: calibration"),
         tune=_replaced(recipe.tune, raw.get("tune", {}), f"{origin}: tune"),
-        seed=raw.get("seed", recipe.seed),
+        seed=_checked_seed(raw.get("seed", recipe.seed), origin),
     )
 
 
 def _refusal(name: str) -> str:
     if name in ("router", "router_bias", "gate", "norm", "norms", "bias"):
         return f"{name} is never quantized (it is small and decides too much)"
-    return f"unknown part {name!r}"
+    return f"unknown part {_shown(name)}"
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -241,7 +248,14 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _shown(value: object) -> str:
-    return f"{value:g}" if _is_number(value) else repr(value)
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _checked_seed(seed: object, origin: str) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+        raise RecipeError(f"{origin}: seed is {_shown(seed)}; a whole number from 0 to 2^63 - 1 is needed")
+    return seed
 
 
 def _checked_bits(bits: object, origin: str) -> float:
@@ -254,13 +268,16 @@ def _replaced(settings: Any, raw: Mapping[str, Any], origin: str) -> Any:
     fields = {item.name: type(getattr(settings, item.name)) for item in dataclasses.fields(settings)}
     for name, value in raw.items():
         if name not in fields:
-            raise RecipeError(f"{origin}: unknown key {name!r}; known keys are {_listed(fields)}")
+            raise RecipeError(f"{origin}: unknown key {_shown(name)}; known keys are {_listed(fields)}")
         if fields[name] is bool:
             if not isinstance(value, bool):
-                raise RecipeError(f"{origin}.{name} is {value!r}; it must be true or false")
+                raise RecipeError(f"{origin}.{name} is {_shown(value)}; it must be true or false")
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, fields[name])) or not value > 0:
-            raise RecipeError(f"{origin}.{name} is {value!r}; it must be a positive {fields[name].__name__}")
+        number = isinstance(value, (int, fields[name])) and not isinstance(value, bool)
+        if not number or not 0 < value < _MOST:
+            raise RecipeError(
+                f"{origin}.{name} is {_shown(value)}; it must be a positive {fields[name].__name__}"
+            )
     return dataclasses.replace(settings, **raw)
 
 

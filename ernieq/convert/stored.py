@@ -25,11 +25,14 @@ from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
 from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.encode import Batches, EncodeOptions
-from ernieq.errors import CheckpointError, StorageError
+from ernieq.errors import CheckpointError, FormatError, StorageError
 from ernieq.model import DecoderLayer, ModelConfig
 from ernieq.pack import CalibrationRecord
+from ernieq.pack.manifest import read_calibration
+from ernieq.untrusted import open_regular, read_json_object
 
 SUMMARY_NAME = "calibration.json"
+_MOST_SUMMARY_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -180,12 +183,13 @@ class HessianDirectory:
         Raises:
             CheckpointError: it is missing or not JSON.
         """
+        path = self._path / SUMMARY_NAME
         try:
-            summary = json.loads((self._path / SUMMARY_NAME).read_text(encoding="utf-8"))
-            return CalibrationRecord(**summary["calibration"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return read_calibration(read_json_object(path, _MOST_SUMMARY_BYTES, CheckpointError), str(path))
+        except (CheckpointError, FormatError) as error:
             raise CheckpointError(
-                f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME}"
+                f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME} "
+                f"({error})"
             ) from error
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
@@ -194,6 +198,7 @@ class HessianDirectory:
         Raises:
             CheckpointError: the file is missing or malformed, or a Hessian is not finite.
         """
+        open_regular(self._file(index), CheckpointError).close()  # the library would wait for a pipe
         try:
             with safe_open(self._file(index), framework="pt") as file:
                 grams = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -33,6 +33,7 @@ _ALIASES = {"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}
 _MAX_SIZE = 2**24  # of a width or vocabulary: far above any model, far below what would exhaust memory here
 _MAX_LAYERS = 1024
 _MAX_EXPERTS = 4096
+_MAX_ALL_EXPERTS = 1 << 15  # nine times those of the 300 B model; each has three names in a list that is built
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class _Keys:
         if isinstance(value, list) and key != "eos_token_id":
             if not value or any(item != value[0] for item in value):
                 raise UnsupportedModelError(
-                    f"config.json: {key} is {value!r}; ernieq implements models with one value for all experts"
+                    f"config.json: {key} is {_short(value)}; ernieq implements models with one value for all "
+                    "experts"
                 )
             return value[0]
         return value
@@ -207,7 +209,8 @@ def _model_type(raw: Mapping[str, Any]) -> str:
     if not known or wrong:
         found = wrong[0] if wrong else named[0] if named else raw.get("model_type")
         raise UnsupportedModelError(
-            f"config.json describes the architecture {found!r} (model_type {raw.get('model_type')!r}); ernieq "
+            f"config.json describes the architecture {_short(found)} "
+            f"(model_type {_short(raw.get('model_type'))}); ernieq "
             "implements Ernie4_5ForCausalLM (ernie4_5) and Ernie4_5_MoeForCausalLM (ernie4_5_moe)"
         )
     assert isinstance(model_type, str)
@@ -239,6 +242,11 @@ def _activation(raw: Mapping[str, Any]) -> str:
 def _experts(keys: _Keys) -> dict[str, Any]:
     experts = keys.integer("moe_num_experts", if_null=64, minimum=0, maximum=_MAX_EXPERTS)
     layers = keys.integer("num_hidden_layers", maximum=_MAX_LAYERS)
+    if experts * layers > _MAX_ALL_EXPERTS:
+        raise CheckpointError(
+            f"config.json: {layers} layers of {experts} experts are {layers * experts} experts in all; at most "
+            f"{_MAX_ALL_EXPERTS} are allowed"
+        )
     end = keys.integer("moe_layer_end_index", if_null=-1, minimum=-1)
     chosen = keys.integer("moe_k", if_null=6, minimum=0)
     if experts and not 1 <= chosen <= experts:

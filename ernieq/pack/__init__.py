@@ -1,12 +1,14 @@
 """The packed checkpoint: FORMAT.md beside this file, its writer, reader and checker. Imports no torch."""
 
 from ernieq.pack.atomic import AtomicDirectory, storage_errors
+from ernieq.pack.compare import TensorError
 from ernieq.pack.header import RawTensor, TensorEntry, read_header
 from ernieq.pack.layout import FORMAT_VERSION, MANIFEST_NAME, ModuleSpec
 from ernieq.pack.manifest import CalibrationRecord, Coverage, Manifest, Source
 from ernieq.pack.reader import PackedReader, is_packed, read_shards
 from ernieq.pack.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ernieq.pack.verify import Progress, VerifyReport, file_sha256, verify_packed
+from ernieq.pack.sweep import file_sha256
+from ernieq.pack.verify import Progress, VerifyReport, verify_packed
 from ernieq.pack.writer import PackedWriter
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ShardWriter",
     "Source",
     "TensorEntry",
+    "TensorError",
     "VerifyReport",
     "file_sha256",
     "is_packed",

@@ -7,16 +7,19 @@ because nothing below the model may import torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ernieq.errors import FormatError
-from ernieq.pack.json_file import MAX_JSON_BYTES, parse_json_object
+from ernieq.pack.json_file import MAX_JSON_BYTES
 from ernieq.pack.paths import check_tensor_name
+from ernieq.untrusted import open_regular, parse_json_object, paused_collector
 
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -65,6 +68,21 @@ class TensorEntry:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class ShardHeader:
+    """What stands before the data of a safetensors file.
+
+    Args:
+        entries: the tensors in the order of their data.
+        data_start: where the data begins; the length of what was read.
+        digest: sha256 of what was read, to go on with.
+    """
+
+    entries: list[TensorEntry]
+    data_start: int
+    digest: hashlib._Hash
+
+
 def tensor_bytes(dtype: str, shape: Sequence[int], what: str) -> int:
     """Length in bytes that a dtype and a shape call for.
 
@@ -99,37 +117,53 @@ def build_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def read_header(path: Path) -> list[TensorEntry]:
-    """Entries of a safetensors file in the order of their data.
+    """Entries of a safetensors file in the order of their data; raises as ``read_shard_header``."""
+    return read_shard_header(path).entries
+
+
+def read_shard_header(path: Path) -> ShardHeader:
+    """Read and check the header of a safetensors file, and nothing behind it.
 
     Raises:
         FormatError: the file breaks a rule of FORMAT.md, "Shards".
     """
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    file_bytes, raw = _read_raw(path)
+    with paused_collector():
+        entries = _entries(raw, path)
+    _check_contiguous(entries, len(raw), file_bytes, path)
+    return ShardHeader(entries, len(raw), hashlib.sha256(raw))
+
+
+def _entries(raw: bytes, path: Path) -> list[TensorEntry]:
+    """The tensors that the first bytes of a file describe, in the order of their data."""
+    if raw[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
+        raise FormatError(f"{path} has a header that does not start with '{{'")
+    table = parse_json_object(raw[_LENGTH_BYTES:], f"the header of {path}", FormatError)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path} has __metadata__ that is not an object of strings")
+    return sorted(
+        (_entry(name, fields, len(raw), path) for name, fields in table.items()),
+        key=lambda entry: (entry.begin, entry.end),
+    )
+
+
+def _read_raw(path: Path) -> tuple[int, bytes]:
+    """Length of a file, and its first bytes: the length of the header, and the header."""
+    with open_regular(path, FormatError) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        try:
+            prefix = file.read(_LENGTH_BYTES)
+            length = int.from_bytes(prefix, "little")
             if file_bytes < _LENGTH_BYTES or length > file_bytes - _LENGTH_BYTES:
                 raise FormatError(
                     f"{path} is truncated: its header claims {length} bytes, the file has {file_bytes} in all"
                 )
             if length > MAX_JSON_BYTES:
                 raise FormatError(f"{path} claims a header of {length} bytes; allowed are {MAX_JSON_BYTES}")
-            text = file.read(length)
-    except OSError as error:
-        raise FormatError(f"{path} can't be read: {error.strerror}") from None
-    if text[:1] != b"{":
-        raise FormatError(f"{path} has a header that does not start with '{{'")
-    table = parse_json_object(text, f"the header of {path}")
-    metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError(f"{path} has __metadata__ that is not an object of strings")
-    data_start = _LENGTH_BYTES + length
-    entries = sorted(
-        (_entry(name, fields, data_start, path) for name, fields in table.items()),
-        key=lambda entry: (entry.begin, entry.end),
-    )
-    _check_contiguous(entries, data_start, file_bytes, path)
-    return entries
+            return file_bytes, prefix + file.read(length)
+        except OSError as error:
+            raise FormatError(f"{path} can't be read: {error.strerror}") from None
 
 
 def _entry(name: str, fields: object, data_start: int, path: Path) -> TensorEntry:

@@ -166,6 +166,15 @@ def _source(raw: dict[str, Any], what: str) -> Source:
     return Source(_field(raw, "name_or_path", str, what), revision, _digests(raw, "files", what))
 
 
+def read_calibration(raw: Mapping[str, Any], what: str) -> CalibrationRecord:
+    """The record under the key ``calibration`` of a parsed file.
+
+    Raises:
+        FormatError: it is missing, or a field is missing or of a wrong type.
+    """
+    return _calibration(raw.get("calibration"), what)
+
+
 def _calibration(raw: object, what: str) -> CalibrationRecord:
     numbers = [_field(raw, key, int, what) for key in ("tokens", "windows", "seed")]
     return CalibrationRecord(_digests(raw, "files", what), *numbers)

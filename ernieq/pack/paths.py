@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import stat
 from pathlib import Path
 
 from ernieq.errors import FormatError
+from ernieq.untrusted import link_fault
 
 # Tensor and file names are printed and put into JSON: printable ASCII without space, nothing can hide there.
 _TENSOR_NAME = re.compile(r"[!-~]{1,512}")
@@ -49,17 +49,6 @@ def locate(directory: Path, name: str) -> Path:
         FormatError: the name is not plain, the file is missing, not a regular file, or leads outside.
     """
     path = directory / check_file_name(name, str(directory))
-    try:
-        resolved = path.resolve(strict=True)
-        mode = resolved.stat().st_mode
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-        raise FormatError(f"{path} is missing or can't be read") from None
-    home = directory.resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
-    if resolved.parent not in homes:
-        raise FormatError(f"{path} is a link to {resolved}, outside the checkpoint")
-    if not stat.S_ISREG(mode):
-        raise FormatError(f"{path} is not a regular file")
+    if fault := link_fault(directory, name):
+        raise FormatError(fault)
     return path

@@ -15,6 +15,8 @@ from ernieq.errors import FormatError
 
 # Twelve times the matrices of the 300 B model; a reader counts before it expands.
 MAX_NAMES = 1 << 17
+# Of a pattern: its names times its own length. As many names as are allowed may have 128 characters each.
+MAX_CHARACTERS = 1 << 24
 
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,5}")
 _INTEGER_SET = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
@@ -32,8 +34,8 @@ def expand_names(patterns: Iterable[str], what: str) -> list[str]:
     """All names that the patterns stand for, in the order of the patterns.
 
     Raises:
-        FormatError: a set is malformed or falls, or the patterns stand for more than ``MAX_NAMES`` names or for
-            one name twice.
+        FormatError: a set is malformed or falls, or the patterns stand for more than ``MAX_NAMES`` names, for
+            names that are too long together, or for one name twice.
     """
     names: list[str] = []
     for pattern in patterns:
@@ -75,8 +77,11 @@ def _expand(pattern: str, limit: int, what: str) -> Iterator[str]:
     choices: list[Sequence[object]] = []
     for part in pattern.split("."):
         choices.append(_integers(part, what) if _INTEGER_SET.fullmatch(part) else (part,))
-    if math.prod(len(choice) for choice in choices) > limit:
+    count = math.prod(len(choice) for choice in choices)
+    if count > limit:
         raise FormatError(f"{what} lists more than {MAX_NAMES} names (at {pattern[:80]!a})")
+    if count * len(pattern) > MAX_CHARACTERS:
+        raise FormatError(f"{what} lists {count} names of some {len(pattern)} characters (at {pattern[:80]!a})")
     return (".".join(map(str, chosen)) for chosen in itertools.product(*choices))
 
 

@@ -69,8 +69,9 @@ def parse_quantization_config(config: Mapping[str, Any], what: str) -> dict[str,
         raise FormatError(f"{what} must list 1 to {MAX_NAMES} entries in quantization_config.modules")
     modules: dict[str, ModuleSpec] = {}
     for pattern, entry in table.items():
+        check_tensor_name(pattern, what)
         spec = _module_spec(entry, quantization.get("state_bits"), version, f"module {pattern[:80]} in {what}")
-        for name in expand_names([check_tensor_name(pattern, what)], what):
+        for name in expand_names([pattern], what):
             if name in modules:
                 raise FormatError(f"{what} lists the module {name} twice")
             modules[name] = spec

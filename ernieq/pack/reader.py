@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernieq.errors import FormatError
-from ernieq.pack.header import RawTensor, TensorEntry, read_header
+from ernieq.pack.header import RawTensor, ShardHeader, TensorEntry, read_shard_header
 from ernieq.pack.json_file import read_json_object
 from ernieq.pack.layout import (
     CONFIG_NAME,
@@ -63,7 +63,8 @@ class PackedReader:
         )
         if self.manifest.format_version != self.config["quantization_config"]["format_version"]:
             raise FormatError(f"{what} and {MANIFEST_NAME} have different format versions")
-        self._entries, self._file_of = read_shards(self.path)
+        self._headers = read_shard_headers(self.path)
+        self._entries, self._file_of = _places(self._headers)
         self._maps: dict[str, NDArray[np.uint8]] = {}
         self._shapes = {module: self._check_module(module, spec) for module, spec in self._modules.items()}
         self._refuse_strays()
@@ -118,6 +119,10 @@ class PackedReader:
     def shard_files(self) -> list[str]:
         """Names of the shards, sorted."""
         return sorted(set(self._file_of.values()))
+
+    def header_of(self, file_name: str) -> ShardHeader:
+        """What was read of a shard at opening."""
+        return self._headers[file_name]
 
     def encoded(self, module: str) -> EncodedMatrix:
         """A quantized matrix; ``packed`` and ``scale`` are read-only views of the mapped file.
@@ -205,17 +210,18 @@ class PackedReader:
 
 
 def read_shards(directory: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Headers of all shards of a checkpoint directory, packed or plain.
+    """Entry by tensor name, and shard file by tensor name; raises as ``read_shard_headers``."""
+    return _places(read_shard_headers(directory))
 
-    Returns:
-        Entry by tensor name, and shard file by tensor name.
+
+def read_shard_headers(directory: Path) -> dict[str, ShardHeader]:
+    """Headers of all shards of a checkpoint directory, packed or plain, by file name.
 
     Raises:
         FormatError: neither a shard nor an index is there, a header is illegal, or headers and index differ.
     """
     if not (directory / INDEX_NAME).exists():
-        entries = read_header(locate(directory, SINGLE_SHARD))
-        return {entry.name: entry for entry in entries}, {entry.name: SINGLE_SHARD for entry in entries}
+        return {SINGLE_SHARD: read_shard_header(locate(directory, SINGLE_SHARD))}
     weight_map = read_json_object(directory, INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{directory / INDEX_NAME} must have a non-empty object 'weight_map'")
@@ -228,17 +234,27 @@ def read_shards(directory: Path) -> tuple[dict[str, TensorEntry], dict[str, str]
     shards = sorted(set(weight_map.values()))
     if len(shards) > _MAX_SHARDS:
         raise FormatError(f"{INDEX_NAME} names {len(shards)} shards; allowed are {_MAX_SHARDS}")
-    found: dict[str, TensorEntry] = {}
-    for file_name in shards:
-        for entry in read_header(locate(directory, file_name)):
+    headers = {file_name: read_shard_header(locate(directory, file_name)) for file_name in shards}
+    _check_index(weight_map, headers)
+    return headers
+
+
+def _check_index(weight_map: dict[str, str], headers: dict[str, ShardHeader]) -> None:
+    found: set[str] = set()
+    for file_name, header in headers.items():
+        for entry in header.entries:
             if entry.name in found:
                 raise FormatError(
                     f"{entry.name} is stored twice: in {weight_map[entry.name]} and in {file_name}"
                 )
             if weight_map.get(entry.name) != file_name:
                 raise FormatError(f"{entry.name} is stored in {file_name}, but {INDEX_NAME} says otherwise")
-            found[entry.name] = entry
+            found.add(entry.name)
     for name, file_name in weight_map.items():
         if name not in found:
             raise FormatError(f"{name} is not in {file_name}, where {INDEX_NAME} says it is")
-    return found, dict(weight_map)
+
+
+def _places(headers: dict[str, ShardHeader]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    pairs = [(file_name, entry) for file_name, header in headers.items() for entry in header.entries]
+    return {entry.name: entry for _, entry in pairs}, {entry.name: file_name for file_name, entry in pairs}

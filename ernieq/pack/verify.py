@@ -1,26 +1,21 @@
-"""Checking a packed checkpoint to the last byte."""
+"""Checking a packed checkpoint to the last byte, and against its source."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ernieq.errors import VerificationError
-from ernieq.pack.header import TensorEntry
+from ernieq.kernels import Backend
+from ernieq.pack.compare import Comparison, SourceTensors, TensorError
+from ernieq.pack.numbers import illegal_number
 from ernieq.pack.paths import locate
 from ernieq.pack.reader import PackedReader
+from ernieq.pack.sweep import Piece, Sweep
 
 # on_progress(what, done, total): both in bytes.
 Progress = Callable[[str, int, int], None]
-
-_READ_BYTES = 1024 * 1024
-_CHECK_ELEMENTS = 1 << 22
-# Stored 16-bit and 32-bit floats are finite unless all exponent bits are set.
-_EXPONENT = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,7 @@ class VerifyReport:
         kept: number of tensors stored unchanged.
         carried: number of tensors carried over that the model does not know.
         tuned: number of tensors whose numbers were tuned after rounding.
+        errors: relative error of every tensor, if there was a source to compare with.
     """
 
     path: str
@@ -48,36 +44,78 @@ class VerifyReport:
     kept: int
     carried: int
     tuned: int
+    errors: tuple[TensorError, ...] | None = None
 
 
 def verify_packed(
-    path: Path | str,
+    path: Path | str | PackedReader,
     *,
     expected_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    source: SourceTensors | None = None,
+    backend: Backend = Backend.AUTO,
+    threads: int | None = None,
     on_progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check every MUST of FORMAT.md: structure, hashes, coverage, finite scales.
+    """Check every MUST of FORMAT.md: structure, hashes, coverage, legal numbers. Every byte is read once.
 
     Args:
-        path: the directory.
+        path: the directory, or a reader that has just opened it.
         expected_shapes: shape of every parameter that the model of this configuration has, by source name; each
             must be there with that shape. The caller brings it because this package knows no model.
+        source: the checkpoint that it was made of. Its list of tensors must then be that of the manifest, kept
+            and carried tensors must be equal to the last bit, and no matrix may be further off than
+            `largest_relative_error` of its bits.
+        backend: implementation of the decoding, for the comparison with the source.
+        threads: of the decoding; all processors by default.
         on_progress: called with a file name, bytes done and bytes in all.
 
     Raises:
         FormatError: the structure is illegal.
         VerificationError: the structure is legal, but a hash, the coverage, a shape or a number is wrong.
+        BackendUnavailableError: the backend can't run here.
     """
-    reader = PackedReader(path)
+    reader = path if isinstance(path, PackedReader) else PackedReader(path)
     _check_coverage(reader)
     if expected_shapes is not None:
         _check_shapes(reader, expected_shapes)
-    shard_bytes = _check_hashes(reader, on_progress)
-    _check_numbers(reader)
+    _check_files(reader)
+    progress = _Counter(reader, on_progress)
+    sweep = Sweep(reader, progress.count)
+    comparison = None
+    if source is not None:
+        comparison = Comparison(reader, source, sweep, backend=backend, threads=threads)
+    for name in reader.shard_files():
+        progress.name = name
+        _check_shard(reader, name, sweep, comparison)
+    for name, expected in reader.manifest.files.items():
+        _compare_hashes(name, sweep.file(name), expected)
+    return _report(reader, progress.shard_bytes, comparison)
+
+
+class _Counter:
+    """Adds up the bytes read of all files, beginning with the headers, which were read at opening."""
+
+    def __init__(self, reader: PackedReader, on_progress: Progress | None) -> None:
+        sizes = {name: locate(reader.path, name).stat().st_size for name in reader.shard_files()}
+        self.shard_bytes = sum(sizes.values())
+        self.name = next(iter(sizes))
+        self._on_progress = on_progress
+        self._total = self.shard_bytes + sum(
+            locate(reader.path, name).stat().st_size for name in reader.manifest.files
+        )
+        self._done = sum(reader.header_of(name).data_start for name in sizes)
+
+    def count(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._on_progress is not None:
+            self._on_progress(self.name, self._done, self._total)
+
+
+def _report(reader: PackedReader, shard_bytes: int, comparison: Comparison | None) -> VerifyReport:
     coverage = reader.manifest.coverage
     assert coverage is not None, "a manifest that was read has its coverage"
     return VerifyReport(
-        path=str(path),
+        path=str(reader.path),
         format_version=reader.format_version,
         shards=len(reader.shard_files()),
         shard_bytes=shard_bytes,
@@ -86,18 +124,8 @@ def verify_packed(
         kept=len(coverage.kept),
         carried=len(coverage.carried),
         tuned=len(coverage.tuned),
+        errors=None if comparison is None else comparison.errors(),
     )
-
-
-def file_sha256(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """sha256 (hex) of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            if on_bytes is not None:
-                on_bytes(len(block))
-    return digest.hexdigest()
 
 
 def _check_coverage(reader: PackedReader) -> None:
@@ -130,6 +158,8 @@ def _same_names(stored: set[str], listed: set[str], fate: str) -> None:
 
 
 def _check_shapes(reader: PackedReader, expected_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    coverage = reader.manifest.coverage
+    assert coverage is not None
     found: dict[str, tuple[int, ...]] = {
         f"{module}.weight": reader.shape_of(module) for module in reader.modules()
     }
@@ -143,64 +173,42 @@ def _check_shapes(reader: PackedReader, expected_shapes: Mapping[str, tuple[int,
             raise VerificationError(
                 f"{name} has shape {list(found[name])}; the configuration calls for {list(shape)}"
             )
+    for name in sorted(set(found) - set(expected_shapes) - set(coverage.carried)):
+        raise VerificationError(f"{name} has no place in the model that the configuration describes")
 
 
-def _check_hashes(reader: PackedReader, on_progress: Progress | None) -> int:
-    manifest = reader.manifest
+def _check_files(reader: PackedReader) -> None:
     stored = set(reader.shard_files())
-    for name in sorted(stored ^ set(manifest.shards)):
+    for name in sorted(stored ^ set(reader.manifest.shards)):
         where = "the manifest has no hash of it" if name in stored else "no tensor is in it"
         raise VerificationError(f"shard {name} is not accounted for: {where}")
     for name in sorted(path.name for path in reader.path.glob("*.safetensors")):
         if name not in stored:
             raise VerificationError(f"{name} lies in {reader.path}, but belongs to no index and no manifest")
-    sizes = {name: locate(reader.path, name).stat().st_size for name in sorted(stored)}
-    total, done = sum(sizes.values()), 0
-
-    def advance(name: str) -> Callable[[int], None]:
-        def report(count: int) -> None:
-            nonlocal done
-            done += count
-            if on_progress is not None:
-                on_progress(name, done, total)
-
-        return report
-
-    for name in sizes:
-        _compare_hash(reader, name, manifest.shards[name], advance(name))
-    for name, digest in manifest.files.items():
-        _compare_hash(reader, name, digest, None)
-    return total
 
 
-def _compare_hash(
-    reader: PackedReader, name: str, expected: str, on_bytes: Callable[[int], None] | None
-) -> None:
-    try:
-        found = file_sha256(locate(reader.path, name), on_bytes)
-    except OSError as error:
-        raise VerificationError(f"{reader.path / name} can't be read: {error.strerror}") from None
-    if found != expected:
-        raise VerificationError(f"{name} has sha256 {found[:16]}..., but the manifest says {expected[:16]}...")
-
-
-def _check_numbers(reader: PackedReader) -> None:
-    for module in reader.modules():
-        reader.encoded(module)  # refuses scales that are zero or not finite
-        reader.release()
+def _check_shard(reader: PackedReader, name: str, sweep: Sweep, comparison: Comparison | None) -> None:
+    """Hash a shard and look at its numbers on the way; a wrong hash comes first, for it explains the rest."""
     coverage = reader.manifest.coverage
     assert coverage is not None
     carried = set(coverage.carried)
-    for entry in _kept_floats(reader, carried):
-        dtype, exponent = _EXPONENT[entry.dtype]
-        bits = np.frombuffer(reader.tensor(entry.name).data, dtype=dtype)
-        for start in range(0, bits.size, _CHECK_ELEMENTS):
-            piece = bits[start : start + _CHECK_ELEMENTS]
-            if ((piece & exponent) == exponent).any():
-                raise VerificationError(f"{entry.name} holds a NaN or infinite number")
-        reader.release()
+    faults: list[str] = []
+
+    def inspect(piece: Piece) -> None:
+        if faults:
+            return
+        fault = None if piece.entry.name in carried else illegal_number(piece)
+        if fault is None and comparison is not None:
+            fault = comparison.inspect(piece)
+        if fault is not None:
+            faults.append(fault)
+
+    units = {} if comparison is None else comparison.units()
+    _compare_hashes(name, sweep.shard(name, units, inspect), reader.manifest.shards[name])
+    if faults:
+        raise VerificationError(faults[0])
 
 
-def _kept_floats(reader: PackedReader, carried: set[str]) -> Iterable[TensorEntry]:
-    entries = (reader.info(name) for name in reader.tensors() if name not in carried)
-    return (entry for entry in entries if entry.dtype in _EXPONENT and entry.nbytes)
+def _compare_hashes(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise VerificationError(f"{name} has sha256 {found[:16]}..., but the manifest says {expected[:16]}...")

@@ -34,7 +34,8 @@ from ernieq.pack.manifest import Coverage, Manifest
 from ernieq.pack.paths import check_file_name, check_tensor_name
 from ernieq.pack.quantization import quantization_config
 from ernieq.pack.shards import DEFAULT_SHARD_BYTES, ShardWriter
-from ernieq.pack.verify import Progress, file_sha256, verify_packed
+from ernieq.pack.sweep import file_sha256
+from ernieq.pack.verify import Progress, verify_packed
 from ernieq.trellis import EncodedMatrix
 
 _RESERVED = (CONFIG_NAME, MANIFEST_NAME, CARD_NAME)

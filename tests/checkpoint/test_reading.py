@@ -166,10 +166,15 @@ def test_auxiliary_files_are_tokenizer_and_generation_settings_only(tiny: TinyFa
 def test_a_link_to_the_weights_is_followed(tiny: TinyFactory) -> None:
     """The hub's cache is made of links."""
     directory = tiny()
-    stored = directory.parent / "blob"
-    shutil.move(directory / "model.safetensors", stored)
-    (directory / "model.safetensors").symlink_to(stored)
-    assert open_checkpoint(directory).audit().missing == ()
+    snapshot, blobs = directory.parent / "snapshots" / "revision", directory.parent / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(directory.iterdir())):
+        shutil.move(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / str(number))
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.audit().missing == ()
+    assert {path.name for path in checkpoint.aux_files()} >= {"tokenizer.json", "generation_config.json"}
 
 
 def test_the_tokenizer_of_a_checkpoint_is_loaded(tiny: TinyFactory) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +184,26 @@ def report_work(*, terminal: bool) -> str:
         report.update("checking", 3, 4)
         report.describe("writing")
     return screen.getvalue()
+
+
+@pytest.mark.parametrize(("unit", "rate"), [("bytes", r"[0-9.]+ [kMG]?B/s"), ("layers", r"layers/s")])
+def test_on_a_terminal_the_rate_is_shown_in_its_unit(unit: str, rate: str) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    with shared.progress_report("verify", total=1e7, unit=unit, console=console) as report:
+        report.update("verify", 1e6, 1e7)
+        time.sleep(0.02)
+        report.update("verify", 3e6, 1e7)
+        report.on_terminal("all at 3 GB/s")
+    assert re.search(rate, screen.getvalue())
+    assert "all at 3 GB/s" in screen.getvalue()
+
+
+def test_what_is_for_a_terminal_is_not_printed_elsewhere() -> None:
+    screen = io.StringIO()
+    with shared.progress_report("verify", console=Console(file=screen, force_terminal=False)) as report:
+        report.on_terminal("all at 3 GB/s")
+    assert screen.getvalue() == ""
 
 
 def test_away_from_a_terminal_only_the_lines_are_printed() -> None:

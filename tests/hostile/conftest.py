@@ -1,4 +1,4 @@
-"""Whole packed checkpoints, to be damaged."""
+"""Whole checkpoints, to be damaged."""
 
 from __future__ import annotations
 
