@@ -29,6 +29,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from ernieq.bundled import resolve_source
@@ -157,6 +158,15 @@ class ProgressReport:
         """Say what is being done, leaving the bar where it is."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what)
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether somebody watches."""
+        return self._bar is not None
+
+    def table(self, table: Table) -> None:
+        """Print a table that stays."""
+        self._console.print(table)
 
     def line(self, text: str) -> None:
         """Print a line that stays, for example the figures of one finished layer."""

@@ -1,0 +1,180 @@
+"""How fast this machine encodes and calibrates: the real code on a little of the real shapes, for seconds.
+
+The weights are drawn, from a generator of their own; nothing of it reaches the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ernieq.calibrate import Streams, narrow_layer
+from ernieq.convert.layer import LayerQuantizer
+from ernieq.convert.recipe import KEEP, Recipe
+from ernieq.convert.tune import HeldMatrices
+from ernieq.convert.workload import GroupShape, calibration_work, encoding_products
+from ernieq.encode import Batches, EncodeOptions, encode_matrices
+from ernieq.kernels.precision import float32_products
+from ernieq.model import DecoderLayer, ModelConfig, Rotary
+from ernieq.trellis import TILE_SIDE, TrellisCode
+
+# Tiles that are searched at once in a probe, at most; a GPU always has so many.
+_TILES = {"cpu": 64, "cuda": 4096}
+_BLOCKS = 2  # of 16 columns
+_REPEATS = 3
+# A code whose search takes no time beside all else that encoding does.
+_SHORT_CODE = TrellisCode(2, 10)
+_WIDEST = {"cpu": 768, "cuda": 2560}  # of a Hessian that is factored; wider ones are reckoned from it
+_PRODUCT_SIDE = {"cpu": 512, "cuda": 4096}
+# Multiplications of the layer that is calibrated, and weights of its experts.
+_WORK = {"cpu": 2e10, "cuda": 2e12}
+_EXPERT_WEIGHTS = {"cpu": 20_000_000, "cuda": 1_000_000_000}
+_FEWEST_TOKENS = 64
+_LONG = 0.5  # seconds; what takes longer is measured once, as it comes
+
+
+class Speed:
+    """Rates of one recipe on one device, each measured when it is first asked for.
+
+    Args:
+        config: of the model.
+        recipe: the code and the settings of the encoder.
+        options: how matrices are encoded.
+        device: where.
+    """
+
+    def __init__(
+        self, config: ModelConfig, recipe: Recipe, options: EncodeOptions, device: torch.device
+    ) -> None:
+        self._config, self._recipe, self._device = config, recipe, device
+        self._options = dataclasses.replace(
+            options, damping=recipe.encode.damping, first_pass_steps=recipe.encode.first_pass_steps
+        )
+        self._generator = torch.Generator().manual_seed(recipe.seed)
+        self._search: dict[tuple[int, float], float] = {}
+        self._factoring: dict[int, float] = {}
+        self._product = 0.0
+
+    def encoding(self, shape: GroupShape) -> float:
+        """Seconds that a group takes to encode."""
+        search = shape.rows * shape.columns * self._search_seconds(shape)
+        return search + self._factoring_seconds(shape.columns) + self.products(encoding_products(shape))
+
+    def products(self, count: float) -> float:
+        """Seconds of so many multiplications of large matrix products."""
+        if not self._product:
+            side = _PRODUCT_SIDE[self._device.type]
+            left, right = (self._drawn(side, side) for _ in range(2))
+            with float32_products(self._device, tensor_cores=True):
+                self._product = self._seconds(lambda: left @ right) / side**3
+        return count * self._product
+
+    def calibration(self, tokens: int, length: int) -> float:
+        """Seconds that the passes over a sample take, all layers together.
+
+        One layer is calibrated on a few tokens; the others are reckoned from their work.
+        """
+        config, index = self._config, self._probed_layer()
+        experts = _EXPERT_WEIGHTS[self._device.type] // max(
+            1, 3 * config.hidden_size * config.moe_intermediate_size
+        )
+        smaller = dataclasses.replace(
+            config, moe_num_experts=min(config.moe_num_experts, max(config.moe_k, experts))
+        )
+        per_token = calibration_work(smaller, index, tokens, length) / tokens
+        few = min(tokens, max(_FEWEST_TOKENS, int(_WORK[self._device.type] / per_token)))
+        few_length = min(length, few)
+        few -= few % few_length
+        seconds = self._layer_seconds(smaller, index, few // few_length, few_length)
+        rate = seconds / calibration_work(smaller, index, few, few_length)
+        layers = range(config.num_hidden_layers)
+        return rate * sum(calibration_work(config, layer, tokens, length) for layer in layers)
+
+    def _probed_layer(self) -> int:
+        """A layer with experts if there is one: most are like it."""
+        layers = range(self._config.num_hidden_layers)
+        return next((index for index in layers if self._config.is_moe_layer(index)), 0)
+
+    def _search_seconds(self, shape: GroupShape) -> float:
+        """Seconds a weight."""
+        most = _TILES[self._device.type]
+        tiles = most if self._device.type == "cuda" else min(most, shape.rows // TILE_SIDE)
+        key = tiles, shape.bits
+        if key not in self._search:
+            code = TrellisCode(shape.bits, self._recipe.encode.state_bits)
+            weight = self._drawn(tiles * TILE_SIDE, _BLOCKS * TILE_SIDE)
+            self._search[key] = self._encode_seconds(weight, code) / weight.numel()
+        return self._search[key]
+
+    def _factoring_seconds(self, width: int) -> float:
+        """Seconds that the Hessian of a group takes: rotated, its blocks put in order, factored."""
+        if width not in self._factoring:
+            probed = min(width, _WIDEST[self._device.type])
+            weight = self._drawn(TILE_SIDE, probed)
+            self._factoring[width] = self._encode_seconds(weight, _SHORT_CODE) * (width / probed) ** 3
+        return self._factoring[width]
+
+    def _encode_seconds(self, weight: Tensor, code: TrellisCode) -> float:
+        width = weight.shape[1]
+        hessian = torch.eye(width, device=self._device)
+        signs = np.ones(width, dtype=np.int8)
+        return self._seconds(lambda: encode_matrices({"probe": weight}, hessian, signs, code, self._options))
+
+    def _layer_seconds(self, config: ModelConfig, index: int, windows: int, length: int) -> float:
+        """Calibrate a drawn layer whose matrices are all kept."""
+        keep = dataclasses.replace(
+            self._recipe, parts=dict.fromkeys(self._recipe.parts, float(KEEP)), modules={}
+        )
+        batches = Batches(config.moe_num_experts if self._device.type == "cuda" else 1, "experts")
+        quantizer = LayerQuantizer(config, keep, self._options, HeldMatrices(), experts=batches)
+        angles = Rotary(config).angles(torch.arange(length))
+        rotary = angles[0].to(self._device), angles[1].to(self._device)
+
+        def calibrate() -> float:
+            layer, hidden = self._layer(config, index), self._drawn(windows, length, config.hidden_size)
+            streams = Streams(hidden, hidden.clone())
+            return _timed(lambda: quantizer.run(index, layer, streams, rotary), self._device)
+
+        with torch.no_grad():
+            first = calibrate()  # memory is taken from the system for the first time
+            return first if first > 2 * _LONG else calibrate()
+
+    def _layer(self, config: ModelConfig, index: int) -> DecoderLayer:
+        with torch.device("meta"):
+            layer = DecoderLayer(config, index)
+        layer = layer.to_empty(device="cpu").requires_grad_(False).eval()
+        for parameter in layer.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=self._generator)
+        if self._device.type == "cuda":
+            return narrow_layer(layer.to(torch.bfloat16), self._device)
+        return layer
+
+    def _drawn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator).to(self._device)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """The median of a few times, after one that is not counted."""
+        first = _timed(work, self._device)
+        if first > _LONG:
+            return first
+        return statistics.median(_timed(work, self._device) for _ in range(_REPEATS))
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    """How long some work takes, with all that it leaves to a GPU."""
+    _finish(device)
+    started = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
