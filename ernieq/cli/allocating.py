@@ -21,8 +21,8 @@ from ernieq.convert import (
     Recipe,
     Target,
     Workplace,
+    check_preflight,
     draw_sample,
-    preflight,
 )
 from ernieq.errors import TextError
 from ernieq.evaluate import Budget, Protocol, Windows, evaluate_stream
@@ -70,7 +70,7 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
         lambda what, done, total: progress.update(f"measuring: {what}", done, total),
     )
     allocator.check(target)
-    preflight(
+    check_preflight(
         checkpoint,
         allocator.lightest,
         recipe,

@@ -15,10 +15,10 @@ from ernieq.convert import (
     Recipe,
     SourceScan,
     audited_plan,
+    check_preflight,
     coverage_sentence,
     draw_sample,
     estimate_seconds,
-    preflight,
     sample_tokens,
     staged_bytes,
 )
@@ -82,7 +82,7 @@ def prepare(
     """Plan, and look whether the machine has what the plan needs.
 
     Raises:
-        ErnieqError: as ``ernieq.convert.preflight``.
+        ErnieqError: as ``ernieq.convert.check_preflight``.
     """
     allocation = allocated.allocation if allocated else None
     conversion = run.conversion(recipe, allocation)
@@ -90,7 +90,7 @@ def prepare(
     if allocated:
         needed = max(plan.memory_bytes, allocated.allocator.memory_bytes)
         plan = dataclasses.replace(plan, memory_bytes=needed)
-    warnings = preflight(
+    warnings = check_preflight(
         run.checkpoint,
         plan,
         used,

@@ -11,7 +11,7 @@ from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output
 from ernieq.convert.plan import PartPlan, Plan, make_plan
-from ernieq.convert.preflight import audited_plan, preflight, sample_tokens, staged_bytes
+from ernieq.convert.preflight import audited_plan, check_preflight, sample_tokens, staged_bytes
 from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (
     BITS_ALLOWED,
@@ -64,6 +64,7 @@ __all__ = [
     "audited_plan",
     "calibration_record",
     "check_output",
+    "check_preflight",
     "collect_statistics",
     "coverage_sentence",
     "default_recipe",
@@ -71,7 +72,6 @@ __all__ = [
     "estimate_seconds",
     "make_plan",
     "parse_bytes",
-    "preflight",
     "read_recipe",
     "sample_tokens",
     "staged_bytes",

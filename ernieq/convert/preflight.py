@@ -29,7 +29,7 @@ _LEAST_PROGRAM_BYTES = 250_000_000
 _FLOAT32, _NARROW = 4, 2
 
 
-def preflight(
+def check_preflight(
     checkpoint: Checkpoint,
     plan: Plan,
     recipe: Recipe,

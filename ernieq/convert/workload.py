@@ -60,7 +60,7 @@ def encoding_products(shape: GroupShape) -> float:
 
 
 def calibration_work(config: ModelConfig, index: int, tokens: int, length: int) -> float:
-    """Multiplications of calibrating one layer, the solving for its corrections included.
+    """Multiplications of calibrating one layer, those of the solving for its corrections as long as they take.
 
     Args:
         config: of the model.
@@ -68,10 +68,20 @@ def calibration_work(config: ModelConfig, index: int, tokens: int, length: int) 
         tokens: of the sample.
         length: tokens of a window.
     """
-    work = _attention(config, tokens, length)
-    if not config.is_moe_layer(index):
-        return work + _dense(config.hidden_size, config.intermediate_size, tokens)
-    return work + _experts(config, tokens)
+    return calibration_products(config, index, tokens, length) + _DOUBLE * _solves(config, index)
+
+
+def calibration_products(config: ModelConfig, index: int, tokens: int, length: int) -> float:
+    """Multiplications of the float32 matrix products of calibrating one layer; as ``calibration_work``."""
+    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    v = config.num_key_value_heads * config.head_dim
+    moments = 2 * h**2 + q**2 + h * q
+    contexts = 2 * (h * (q + 2 * v) + q * length)  # scores and their sums, the upper half left out
+    attention = tokens * (moments + contexts + 3 * h * q) + (q + 2 * v) * h**2
+    if config.is_moe_layer(index):
+        return attention + _experts(config, tokens)
+    i = config.intermediate_size
+    return attention + tokens * (2 * h**2 + 3 * h * i) + 2 * i * h**2 + tokens * _down(h, i)
 
 
 def feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
@@ -81,37 +91,31 @@ def feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
     return config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
 
 
-def _attention(config: ModelConfig, tokens: int, length: int) -> float:
-    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    v = config.num_key_value_heads * config.head_dim
-    moments = 2 * h**2 + q**2 + h * q
-    contexts = 2 * (h * (q + 2 * v) + q * length)  # scores and their sums, the upper half left out
-    outputs = 3 * h * q
-    corrections = _solve(h, h) + _solve(q, h) + (q + 2 * v) * h**2
-    return tokens * (moments + contexts + outputs) + corrections
-
-
-def _dense(h: int, i: int, tokens: int) -> float:
-    inputs = 2 * h**2 + 3 * h * i
-    return tokens * inputs + _solve(h, h) + 2 * i * h**2 + _down(h, i, tokens)
-
-
-def _down(h: int, i: int, tokens: int) -> float:
-    """The pass behind gate and up of a dense or shared part, and the step to the next layer."""
-    return tokens * (7 * h * i + i**2) + _solve(i, h)
-
-
 def _experts(config: ModelConfig, tokens: int) -> float:
     h, i, count = config.hidden_size, config.moe_intermediate_size, config.moe_num_experts
     shared = config.moe_num_shared_experts * i
     inputs = 2 * h**2 + 3 * h * (config.moe_k * i + shared)
-    prior = min(tokens, max(PRIOR_TOKENS, 2 * i))
-    routed = tokens * config.moe_k * (h**2 + 7 * h * i + i**2)
-    each = prior * (6 * h * i + i**2) + 2 * i * h**2 + _solve(i, h)
-    work = tokens * inputs + _solve(h, h) + routed + count * each
-    return work + (2 * shared * h**2 + _down(h, shared, tokens) if shared else 0)
+    routed = config.moe_k * (h**2 + 7 * h * i + i**2)
+    prior = len(range(0, tokens, max(1, tokens // max(PRIOR_TOKENS, 2 * i)))) * (6 * h * i + i**2)
+    corrections = 2 * (count * i + shared) * h**2
+    behind = _down(h, shared) if shared else 0
+    return tokens * (inputs + routed + behind) + count * prior + corrections
+
+
+def _down(h: int, i: int) -> int:
+    """Of a token: the pass behind gate and up of a dense or shared part, and the step to the next layer."""
+    return 8 * h * i + i**2
+
+
+def _solves(config: ModelConfig, index: int) -> float:
+    """Multiplications in float64: a matrix of every input is factored and solved for its corrections."""
+    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    work = 2 * _solve(h, h) + _solve(q, h)
+    if not config.is_moe_layer(index):
+        return work + _solve(config.intermediate_size, h)
+    i = config.moe_intermediate_size
+    return work + config.moe_num_experts * _solve(i, h) + _solve(config.moe_num_shared_experts * i, h)
 
 
 def _solve(width: int, rows: int) -> float:
-    """Factor a (width, width) matrix in float64 and solve for so many right-hand sides."""
-    return _DOUBLE * (width**3 / 3 + rows * width**2)
+    return width**3 / 3 + rows * width**2
