@@ -19,15 +19,24 @@ def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bo
         OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
         StorageError: the disk has too little space.
     """
-    target, source = out.resolve(), checkpoint.directory.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
-    place = next(parent for parent in target.parents if parent.exists())
+    check_target(checkpoint, out, overwrite=overwrite)
+    place = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < plan.output_bytes + _SPARE_DISK_BYTES:
         raise StorageError(
             f"{place} has {free / 1e9:.2f} GB free; "
             f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
         )
+
+
+def check_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something.
+
+    Raises:
+        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+    """
+    target, source = out.resolve(), checkpoint.directory.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")

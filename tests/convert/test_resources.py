@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytest
 
 from ernieq.convert.resources import Memory, available_memory, check_writable
 from ernieq.errors import StorageError
+from tests.convert.file_systems import mounted
 
 GB = 10**9
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -136,25 +136,17 @@ def test_a_directory_of_somebody_else_is_named() -> None:
         shutil.rmtree(place)
 
 
-@contextmanager
-def mounted(place: Path, options: str) -> Iterator[Path]:
-    """A file system in memory; skips the test where none may be mounted."""
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
-@pytest.mark.skipif(shutil.which("mount") is None, reason="needs mount")
 def test_a_read_only_file_system_is_called_that(tmp_path: Path) -> None:
     with (
         mounted(tmp_path / "disk", "size=1m,ro") as disk,
         pytest.raises(StorageError, match=f"{disk} lies on a read-only file system"),
     ):
         check_writable(disk / "packed")
+
+
+def test_a_mount_point_is_no_output(tmp_path: Path) -> None:
+    with (
+        mounted(tmp_path / "disk", "size=1m") as disk,
+        pytest.raises(StorageError, match=f"{disk} is a mount point"),
+    ):
+        check_writable(disk)
