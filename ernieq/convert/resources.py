@@ -107,7 +107,9 @@ def check_writable(target: Path) -> Path:
         StorageError: it can't; the sentence names the directory and says why.
     """
     if target.is_mount():
-        raise StorageError(f"{target} is a mount point, which nothing can be renamed to; name a directory in it")
+        raise StorageError(
+            f"{target} is a mount point, which nothing can be renamed to; name a directory in it"
+        )
     place = next(parent for parent in target.parents if parent.exists())
     if not place.is_dir():
         raise StorageError(f"{place} is a file: nothing can be written below it; name another --out")

@@ -19,7 +19,7 @@ from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import KEEP, Recipe
 from ernieq.convert.tune import HeldMatrices
 from ernieq.convert.workload import GroupShape, calibration_work, encoding_products
-from ernieq.encode import Batches, EncodeOptions, encode_matrices
+from ernieq.encode import Batches, EncodeOptions, encode_batch, encode_matrices
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig, Rotary
 from ernieq.trellis import TILE_SIDE, TrellisCode
@@ -31,9 +31,10 @@ _REPEATS = 3
 # A code whose search takes no time beside all else that encoding does.
 _SHORT_CODE = TrellisCode(2, 10)
 _WIDEST = {"cpu": 768, "cuda": 2560}  # of a Hessian that is factored; wider ones are reckoned from it
+_HESSIANS = {"cpu": 1, "cuda": 8}  # that are factored together: most are those of experts, which go in batches
 _PRODUCT_SIDE = {"cpu": 512, "cuda": 4096}
 # Multiplications of the layer that is calibrated, and weights of its experts.
-_WORK = {"cpu": 2e10, "cuda": 2e12}
+_WORK = {"cpu": 2e10, "cuda": 2e13}
 _EXPERT_WEIGHTS = {"cpu": 20_000_000, "cuda": 1_000_000_000}
 _FEWEST_TOKENS = 64
 _LONG = 0.5  # seconds; what takes longer is measured once, as it comes
@@ -56,7 +57,7 @@ class Speed:
         self._options = dataclasses.replace(
             options, damping=recipe.encode.damping, first_pass_steps=recipe.encode.first_pass_steps
         )
-        self._generator = torch.Generator().manual_seed(recipe.seed)
+        self._generator = torch.Generator(device).manual_seed(recipe.seed)
         self._search: dict[tuple[int, float], float] = {}
         self._factoring: dict[int, float] = {}
         self._product = 0.0
@@ -116,15 +117,19 @@ class Speed:
         """Seconds that the Hessian of a group takes: rotated, its blocks put in order, factored."""
         if width not in self._factoring:
             probed = min(width, _WIDEST[self._device.type])
-            weight = self._drawn(TILE_SIDE, probed)
-            self._factoring[width] = self._encode_seconds(weight, _SHORT_CODE) * (width / probed) ** 3
+            weight, many = self._drawn(TILE_SIDE, probed), _HESSIANS[self._device.type]
+            seconds = self._encode_seconds(weight, _SHORT_CODE, many) / many
+            self._factoring[width] = seconds * (width / probed) ** 3
         return self._factoring[width]
 
-    def _encode_seconds(self, weight: Tensor, code: TrellisCode) -> float:
-        width = weight.shape[1]
-        hessian = torch.eye(width, device=self._device)
-        signs = np.ones(width, dtype=np.int8)
-        return self._seconds(lambda: encode_matrices({"probe": weight}, hessian, signs, code, self._options))
+    def _encode_seconds(self, weight: Tensor, code: TrellisCode, many: int = 1) -> float:
+        """Encode a drawn matrix, or many like it together."""
+        width, stack = weight.shape[1], {"probe": weight}
+        hessian, signs = torch.eye(width, device=self._device), np.ones(width, dtype=np.int8)
+        if many == 1:
+            return self._seconds(lambda: encode_matrices(stack, hessian, signs, code, self._options))
+        stacks, hessians = [stack] * many, [hessian] * many
+        return self._seconds(lambda: encode_batch(stacks, hessians, signs, code, self._options))
 
     def _layer_seconds(self, config: ModelConfig, index: int, windows: int, length: int) -> float:
         """Calibrate a drawn layer whose matrices are all kept."""
@@ -146,17 +151,16 @@ class Speed:
             return first if first > 2 * _LONG else calibrate()
 
     def _layer(self, config: ModelConfig, index: int) -> DecoderLayer:
+        narrow = self._device.type == "cuda"
         with torch.device("meta"):
-            layer = DecoderLayer(config, index)
-        layer = layer.to_empty(device="cpu").requires_grad_(False).eval()
+            layer = DecoderLayer(config, index).to(torch.bfloat16 if narrow else torch.float32)
+        layer = layer.to_empty(device=self._device).requires_grad_(False).eval()
         for parameter in layer.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=self._generator)
-        if self._device.type == "cuda":
-            return narrow_layer(layer.to(torch.bfloat16), self._device)
-        return layer
+        return narrow_layer(layer, self._device) if narrow else layer
 
     def _drawn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(self._device)
+        return torch.randn(*shape, generator=self._generator, device=self._device)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """The median of a few times, after one that is not counted."""

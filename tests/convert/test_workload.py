@@ -118,3 +118,19 @@ def test_a_model_whose_experts_are_too_large_to_probe_is_calibrated_with_fewer(
     monkeypatch.setattr("ernieq.convert.speed._EXPERT_WEIGHTS", {"cpu": 3 * 32 * 16 * 3})
     assert Speed(config, quick_recipe(), EncodeOptions(threads=1), CPU).calibration(128, 32) > 0
     assert seen == [3]
+
+
+def test_hessians_that_go_in_batches_are_probed_in_one(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ernieq.convert.speed._HESSIANS", {"cpu": 3})  # as on a GPU
+    checkpoint = open_checkpoint(tiny())
+    plan = make_plan(checkpoint, quick_recipe())
+    assert estimate_seconds(checkpoint.config, plan, quick_recipe(), EncodeOptions(threads=1), windows=0) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
+def test_a_gpu_is_probed_with_the_same_steps(tiny: Tiny) -> None:
+    checkpoint = open_checkpoint(tiny(hidden=128, expert_width=64, intermediate=128))
+    plan = make_plan(checkpoint, quick_recipe())
+    gpu = torch.device("cuda", 0)
+    assert 0 < estimate_seconds(checkpoint.config, plan, quick_recipe(), EncodeOptions(), gpu) < 600
