@@ -99,7 +99,8 @@ def prepare(
         calibrated=not isinstance(run.calibration, HessianDirectory),
         on_gpu=run.device.type == "cuda",
     )
-    return Prepared(run, used, allocation, plan, conversion.untuned, warnings, measured_seconds)
+    measured = measured_seconds if allocated else 0.0
+    return Prepared(run, used, allocation, plan, conversion.untuned, warnings, measured)
 
 
 def print_dry_run(prepared: Prepared, *, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from ernieq.convert.distill import CHECKS, HELD_OUT
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.speed import Speed
@@ -15,6 +16,9 @@ from ernieq.encode import EncodeOptions
 from ernieq.model import ModelConfig
 
 _HASHED_BYTES = 8_000_000
+# Time of tuning over that of its matrix products: softmax over the vocabulary, activations, the optimizer.
+# Measured on ernieq-nano on a CPU; a wider model has less beside its products, a GPU waits for small kernels.
+_BETWEEN_PRODUCTS = 1.9
 
 
 def estimate_seconds(
@@ -66,10 +70,13 @@ def _hash_seconds() -> float:
 
 
 def _tuning_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Multiplications of tuning: the bf16 model once, the quantized one there and back a step."""
+    """Multiplications that take as long as tuning: the bf16 model once, steps, looks at held-out text."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     widths = (inner * active for inner, active in (feed_forward(config, index) for index in range(layers)))
-    active = layers * attention + 3 * hidden * sum(widths)
-    steps = recipe.tune.steps * recipe.tune.batch_tokens
-    return tokens * active + steps * (2 * active + 3 * hidden * config.vocab_size)
+    active, head = layers * attention + 3 * hidden * sum(widths), hidden * config.vocab_size
+    settings = recipe.tune
+    # There, and back to inputs and to weights; the bf16 model's logits beside the quantized one's.
+    steps = settings.steps * settings.batch_tokens * (3 * active + 4 * head)
+    looks = (1 + min(CHECKS, settings.steps)) * tokens / HELD_OUT * (active + 2 * head)
+    return _BETWEEN_PRODUCTS * (tokens * active + steps + looks)
