@@ -33,10 +33,12 @@ _SHORT_CODE = TrellisCode(2, 10)
 _WIDEST = {"cpu": 768, "cuda": 2560}  # of a Hessian that is factored; wider ones are reckoned from it
 _HESSIANS = {"cpu": 1, "cuda": 8}  # that are factored together: most are those of experts, which go in batches
 _PRODUCT_SIDE = {"cpu": 512, "cuda": 4096}
-# Multiplications of the layer that is calibrated, and weights of its experts.
-_WORK = {"cpu": 2e10, "cuda": 2e13}
-_EXPERT_WEIGHTS = {"cpu": 20_000_000, "cuda": 1_000_000_000}
-_FEWEST_TOKENS = 64
+# Multiplications of the layer that is calibrated, weights of its experts, and tokens. A layer too wide for
+# so many tokens is made narrower: on few of them the solving for corrections would be all that is measured.
+_WORK = {"cpu": 7e10, "cuda": 2e13}
+_EXPERT_WEIGHTS = {"cpu": 7_000_000, "cuda": 1_000_000_000}
+_FEWEST_TOKENS = 512
+_NARROWER = (1, 2, 4, 8, 16)
 _LONG = 0.5  # seconds; what takes longer is measured once, as it comes
 
 
@@ -82,20 +84,39 @@ class Speed:
         One layer is calibrated on a few tokens; the others are reckoned from their work.
         """
         config, index = self._config, self._probed_layer()
-        experts = _EXPERT_WEIGHTS[self._device.type] // max(
-            1, 3 * config.hidden_size * config.moe_intermediate_size
-        )
-        smaller = dataclasses.replace(
-            config, moe_num_experts=min(config.moe_num_experts, max(config.moe_k, experts))
-        )
-        per_token = calibration_work(smaller, index, tokens, length) / tokens
-        few = min(tokens, max(_FEWEST_TOKENS, int(_WORK[self._device.type] / per_token)))
+        smaller, few = self._probed_size(index, tokens, length)
         few_length = min(length, few)
         few -= few % few_length
         seconds = self._layer_seconds(smaller, index, few // few_length, few_length)
         rate = seconds / calibration_work(smaller, index, few, few_length)
         layers = range(config.num_hidden_layers)
         return rate * sum(calibration_work(config, layer, tokens, length) for layer in layers)
+
+    def _probed_size(self, index: int, tokens: int, length: int) -> tuple[ModelConfig, int]:
+        """The widest layer, and the most tokens, whose calibration takes about a second."""
+        most = _WORK[self._device.type]
+        for divisor in _NARROWER:
+            smaller, few = self._narrower(divisor), tokens
+            while few > _FEWEST_TOKENS and calibration_work(smaller, index, few, min(length, few)) > most:
+                few = max(_FEWEST_TOKENS, few // 2)
+            if calibration_work(smaller, index, few, min(length, few)) <= most:
+                break
+        return smaller, few
+
+    def _narrower(self, divisor: int) -> ModelConfig:
+        """The model with widths divided, and as many experts as are quickly drawn."""
+        config = self._config
+        hidden = config.hidden_size // divisor
+        inner = config.moe_intermediate_size // divisor
+        experts = max(config.moe_k, _EXPERT_WEIGHTS[self._device.type] // max(1, 3 * hidden * inner))
+        return dataclasses.replace(
+            config,
+            hidden_size=hidden,
+            intermediate_size=config.intermediate_size // divisor,
+            moe_intermediate_size=inner,
+            head_dim=2 * max(1, config.head_dim // divisor // 2),
+            moe_num_experts=min(config.moe_num_experts, experts),
+        )
 
     def _probed_layer(self) -> int:
         """A layer with experts if there is one: most are like it."""
@@ -148,7 +169,7 @@ class Speed:
 
         with torch.no_grad():
             first = calibrate()  # memory is taken from the system for the first time
-            return first if first > 2 * _LONG else calibrate()
+            return first if first > 4 * _LONG else min(first, calibrate())
 
     def _layer(self, config: ModelConfig, index: int) -> DecoderLayer:
         narrow = self._device.type == "cuda"

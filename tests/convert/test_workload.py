@@ -17,7 +17,7 @@ from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
 from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_seconds, make_plan
 from ernieq.convert.speed import Speed
 from ernieq.convert.tune import HeldMatrices
-from ernieq.convert.workload import calibration_products, encoded_groups
+from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
 from ernieq.model import Rotary
 from tests.convert.conversions import quick_recipe
@@ -104,20 +104,26 @@ def test_a_probe_draws_from_no_generator_but_its_own(tiny: Tiny) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_whose_experts_are_too_large_to_probe_is_calibrated_with_fewer(
+def test_a_model_that_is_too_large_to_probe_is_calibrated_narrower_and_with_fewer_experts(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, seen = open_checkpoint(tiny(experts=8)).config, []
     genuine = Speed._layer_seconds
 
     def watched(self: Speed, smaller: Any, *arguments: Any) -> float:
-        seen.append(smaller.moe_num_experts)
+        seen.append((smaller.hidden_size, smaller.moe_num_experts))
         return genuine(self, smaller, *arguments)
 
+    def calibration(work: float) -> float:
+        monkeypatch.setattr("ernieq.convert.speed._WORK", {"cpu": work})
+        return Speed(config, quick_recipe(), EncodeOptions(threads=1), CPU).calibration(128, 32)
+
     monkeypatch.setattr(Speed, "_layer_seconds", watched)
+    assert calibration(1e9) > 0
     monkeypatch.setattr("ernieq.convert.speed._EXPERT_WEIGHTS", {"cpu": 3 * 32 * 16 * 3})
-    assert Speed(config, quick_recipe(), EncodeOptions(threads=1), CPU).calibration(128, 32) > 0
-    assert seen == [3]
+    assert calibration(1e9) > 0
+    assert calibration(calibration_work(config, 1, 128, 32) / 3) > 0
+    assert seen == [(32, 8), (32, 3), (16, 8)]
 
 
 def test_hessians_that_go_in_batches_are_probed_in_one(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
