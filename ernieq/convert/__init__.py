@@ -26,6 +26,7 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
+from ernieq.convert.resources import check_writable
 from ernieq.convert.scan import SourceScan
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
@@ -65,6 +66,7 @@ __all__ = [
     "calibration_record",
     "check_output",
     "check_preflight",
+    "check_writable",
     "collect_statistics",
     "coverage_sentence",
     "default_recipe",

@@ -12,24 +12,7 @@ from ernieq.errors import OutputExistsError, StorageError
 _SPARE_DISK_BYTES = 50_000_000
 
 
-def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
-    """Refuse an output that would destroy something or can't hold the result.
-
-    Raises:
-        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
-        StorageError: the disk has too little space.
-    """
-    check_target(checkpoint, out, overwrite=overwrite)
-    place = next(parent for parent in out.resolve().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < plan.output_bytes + _SPARE_DISK_BYTES:
-        raise StorageError(
-            f"{place} has {free / 1e9:.2f} GB free; "
-            f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
-        )
-
-
-def check_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
     """Refuse an output that would destroy something.
 
     Raises:
@@ -40,3 +23,20 @@ def check_target(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
     if out.exists() and not overwrite:
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
+
+
+def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something or can't hold the result.
+
+    Raises:
+        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+        StorageError: the disk has too little space.
+    """
+    check_place(checkpoint, out, overwrite=overwrite)
+    place = next(parent for parent in out.resolve().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < plan.output_bytes + _SPARE_DISK_BYTES:
+        raise StorageError(
+            f"{place} has {free / 1e9:.2f} GB free; "
+            f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
+        )

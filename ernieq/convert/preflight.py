@@ -11,7 +11,7 @@ from pathlib import Path
 from ernieq.calibrate import Streams, stream_dtype
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.audit import audited
-from ernieq.convert.output import check_target
+from ernieq.convert.output import check_place
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.resources import available_memory, check_writable
@@ -60,7 +60,7 @@ def check_preflight(
         VerificationError: a tensor of the source would be left out.
         CheckpointError: tensors are missing or have no place in the model.
     """
-    check_target(checkpoint, out, overwrite=overwrite)
+    check_place(checkpoint, out, overwrite=overwrite)
     audited_plan(checkpoint, plan)
     tokens = sample_tokens(checkpoint.config, recipe) if calibrated else 0
     check_disk(out, plan, staged_bytes(checkpoint.config, plan, tokens))
