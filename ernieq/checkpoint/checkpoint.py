@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,9 @@ _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 # anything else (``mtp_*``, a tied head that is stored all the same) has no part in it.
 _COMPUTING_PREFIXES = ("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq",)
+# Share of letters that a name has in common with one that it is a misspelling of (difflib), and how many names
+# are compared at most: a checkpoint with more strangers is another model.
+_ALIKE, _MOST_COMPARED = 0.9, 1000
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Checkpoint:
         revision: commit of a checkpoint of the hub; None for a directory.
         config: the model.
         raw_config: ``config.json`` as it is.
+        on_parameter: shown the name and the stored values of every tensor that ``parameter`` has checked.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Checkpoint:
         self.revision = revision
         self.raw_config = _read_config(directory) if raw_config is None else raw_config
         self.config = ModelConfig.from_dict(self.raw_config)
+        self.on_parameter: Callable[[str, Tensor], None] = lambda *_: None
         self._shards = open_shards(directory)
         self._places: dict[str, tuple[Shard, ShardEntry]] = {
             name: (shard, entry) for shard in self._shards for name, entry in shard.entries.items()
@@ -131,6 +138,7 @@ class Checkpoint:
                 f"{name} in {self.info(name).file} has {bad} of {stored.numel()} values that are NaN or "
                 "infinite; only finite weights are allowed"
             )
+        self.on_parameter(name, stored)
         return stored.to(dtype, copy=True)
 
     def audit(self) -> SourceAudit:
@@ -150,9 +158,10 @@ class Checkpoint:
         stored = set(self.names())
         missing = [name for name in expected if name not in stored]
         if missing:
+            extra = [name for name in self._places if name not in expected]
             raise MissingTensorError(
                 f"{self.directory} lacks {len(missing)} of the {len(expected)} tensors that its config.json "
-                f"calls for, the first is {missing[0]}"
+                f"calls for, the first is {missing[0]}{_misspelt(missing[0], extra)}"
             )
         for name, spec in expected.items():
             self._check(name, spec)
@@ -238,6 +247,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
             method, needed = "FastDeploy, wint2", "ernieq import-wint2 reads it"
         raise UnsupportedModelError(f"{directory} is quantized already (by {str(method)[:60]!a}); {needed}")
     return raw
+
+
+def _misspelt(missing: str, extra: Iterable[str]) -> str:
+    """Names the tensor that may be the missing one under a wrong name, if there is such a tensor."""
+    alike = difflib.get_close_matches(missing, sorted(extra)[:_MOST_COMPARED], n=1, cutoff=_ALIKE)
+    return f"; it holds {alike[0]}, which config.json does not call for" if alike else ""
 
 
 def _would_compute(name: str, config: ModelConfig) -> bool:

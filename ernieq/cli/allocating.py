@@ -21,7 +21,7 @@ from ernieq.convert import (
     Recipe,
     Target,
     Workplace,
-    check_output,
+    check_preflight,
     draw_sample,
 )
 from ernieq.errors import TextError
@@ -70,7 +70,14 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
         lambda what, done, total: progress.update(f"measuring: {what}", done, total),
     )
     allocator.check(target)
-    check_output(checkpoint, run.out, allocator.lightest, overwrite=run.overwrite)
+    check_preflight(
+        checkpoint,
+        allocator.lightest,
+        recipe,
+        run.out,
+        overwrite=run.overwrite,
+        on_gpu=run.device.type == "cuda",
+    )
     layers = checkpoint.config.num_hidden_layers
     progress.line(f"measuring what errors cost in {allocator.unit_count} parts of the model ({layers} layers)")
     return Allocated(allocator.allocate(target), allocator, held_out)

@@ -24,7 +24,9 @@ def tuning_sentence(report: TuningReport) -> str:
     return f"tuning: {found} -> {report.after:.4f} in {report.steps} steps"
 
 
-def print_plan(plan: Plan, seconds: float, out: Path, allocation: Allocation | None, *, as_json: bool) -> None:
+def print_plan(
+    plan: Plan, seconds: float, staged_bytes: int, out: Path, allocation: Allocation | None, *, as_json: bool
+) -> None:
     """Print what ``--dry-run`` found."""
     if as_json:
         facts = dataclasses.asdict(plan) | {"out": str(out), "seconds": seconds}
@@ -32,6 +34,15 @@ def print_plan(plan: Plan, seconds: float, out: Path, allocation: Allocation | N
             facts["allocation"] = allocation.to_json()
         print_json(facts | {"parameters": plan.parameters, "bits_per_weight": plan.bits_per_weight})
         return
+    console = Console()
+    console.print(plan_table(plan, out))
+    if allocation is not None:
+        print_allocation(allocation)
+    console.print(needs_sentence(plan, seconds, staged_bytes), soft_wrap=True)
+
+
+def plan_table(plan: Plan, out: Path) -> Table:
+    """Parts of the model with their parameters, bits and bytes."""
     table = Table(title=f"Plan for {out}")
     for heading in ("part", "parameters", "bits", "bytes"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
@@ -40,14 +51,13 @@ def print_plan(plan: Plan, seconds: float, out: Path, allocation: Allocation | N
     table.add_row(
         "total", f"{plan.parameters:,}", f"{plan.bits_per_weight:.2f}", format_bytes(plan.output_bytes)
     )
-    console = Console()
-    console.print(table)
-    if allocation is not None:
-        print_allocation(allocation)
-    console.print(
-        f"memory about {format_bytes(plan.memory_bytes)}, disk {format_bytes(plan.output_bytes)}, "
-        f"time about {format_seconds(seconds)}"
-    )
+    return table
+
+
+def needs_sentence(plan: Plan, seconds: float, staged_bytes: int) -> str:
+    """What a conversion takes of the machine; ``staged_bytes`` of the disk only while it is at work."""
+    disk = f"disk {format_bytes(plan.output_bytes)} and {format_bytes(staged_bytes)} more while it works"
+    return f"memory about {format_bytes(plan.memory_bytes)}, {disk}, time about {format_seconds(seconds)}"
 
 
 def print_result(

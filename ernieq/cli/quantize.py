@@ -16,8 +16,9 @@ from ernieq.cli.allocating import allocate, convert_in_rounds
 from ernieq.cli.allocation_options import chosen_target, target_options
 from ernieq.cli.calibrate import read_texts
 from ernieq.cli.conversion_device import settle_conversion
-from ernieq.cli.conversion_output import print_plan, print_result, tuning_sentence
+from ernieq.cli.conversion_output import print_result, tuning_sentence
 from ernieq.cli.conversion_run import ConversionRun
+from ernieq.cli.preflight import announce, conclude, prepare, print_dry_run
 from ernieq.cli.sample_text import own_text
 from ernieq.cli.shared import (
     backend_option,
@@ -36,10 +37,9 @@ from ernieq.convert import (
     Part,
     PresetName,
     Recipe,
+    SourceScan,
     apply_overrides,
-    check_output,
     default_recipe,
-    estimate_seconds,
     read_recipe,
     stated_parts,
 )
@@ -192,24 +192,17 @@ def command(
         run = ConversionRun(
             checkpoint, name, out, overwrite, calibration, options, device, vram_bytes, progress
         )
+        scan = SourceScan(checkpoint)
         started = time.monotonic()
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
         allocation = allocated.allocation if allocated else None
         measuring = time.monotonic() - started
+        prepared = prepare(run, recipe, allocated, measuring)
         if dry_run:
-            conversion = run.conversion(recipe, allocation)
-            check_output(checkpoint, out, conversion.plan, overwrite=overwrite)
-            tuned = conversion.untuned is None
-            seconds = estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device, tuned=tuned)
-            if conversion.untuned:
-                progress.line(f"not tuned: {conversion.untuned}")
-            plan = conversion.plan
-            if allocated:  # a conversion measures as well
-                seconds += measuring
-                needed = max(plan.memory_bytes, allocated.allocator.memory_bytes)
-                plan = dataclasses.replace(plan, memory_bytes=needed)
-            print_plan(plan, seconds, out, allocation, as_json=as_json)
+            print_dry_run(prepared, as_json=as_json)
             return
+        if not as_json:
+            announce(prepared, scan)
         kl: float | None = None
         if allocated and allocated.held_out is not None:
             report, kl = convert_in_rounds(run, allocated)
@@ -220,6 +213,8 @@ def command(
             progress.line(tuning_sentence(report.tuning))
         elif report.untuned:
             progress.line(f"not tuned: {report.untuned}")
+        if not as_json:
+            conclude(run, scan)
     print_result(run, report, seconds, kl, as_json=as_json)
     checkpoint.close()
 

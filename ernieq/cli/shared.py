@@ -29,6 +29,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 from ernieq.bundled import resolve_source
@@ -179,11 +180,20 @@ class ProgressReport:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what)
 
+    @property
+    def on_terminal(self) -> bool:
+        """Whether somebody watches."""
+        return self._bar is not None
+
+    def table(self, table: Table) -> None:
+        """Print a table that stays."""
+        self._console.print(table)
+
     def line(self, text: str) -> None:
         """Print a line that stays, for example the figures of one finished layer."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def on_terminal(self, text: str) -> None:
+    def terminal_line(self, text: str) -> None:
         """Print a line that stays, but only where the bar is drawn too."""
         if self._bar is not None:
             self.line(text)

@@ -64,7 +64,7 @@ def command(path: str, base: str | None, threads: int, backend: Backend, as_json
         )
         seconds = time.monotonic() - started
         rate = format_bytes(round(found.shard_bytes / max(seconds, 1e-9)))
-        report.on_terminal(f"{format_bytes(found.shard_bytes)} in {format_seconds(seconds)}, {rate}/s")
+        report.terminal_line(f"{format_bytes(found.shard_bytes)} in {format_seconds(seconds)}, {rate}/s")
     if as_json:
         print_json({**asdict(found), "seconds": round(seconds, 3)})
         return

@@ -1,6 +1,7 @@
 """Conversions: the recipe, the plan, the job that quantizes a checkpoint, and the export of one."""
 
 from ernieq.convert.allocation import Allocation, Allocator
+from ernieq.convert.audit import audited, coverage_sentence
 from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
@@ -10,6 +11,7 @@ from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output
 from ernieq.convert.plan import PartPlan, Plan, make_plan
+from ernieq.convert.preflight import audited_plan, check_preflight, sample_tokens, staged_bytes
 from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (
     BITS_ALLOWED,
@@ -24,6 +26,8 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
+from ernieq.convert.resources import check_writable
+from ernieq.convert.scan import SourceScan
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
@@ -50,21 +54,29 @@ __all__ = [
     "Preset",
     "PresetName",
     "Recipe",
+    "SourceScan",
     "Target",
     "TuneSettings",
     "Tuned",
     "TuningReport",
     "Workplace",
     "apply_overrides",
+    "audited",
+    "audited_plan",
     "calibration_record",
     "check_output",
+    "check_preflight",
+    "check_writable",
     "collect_statistics",
+    "coverage_sentence",
     "default_recipe",
     "draw_sample",
     "estimate_seconds",
     "make_plan",
     "parse_bytes",
     "read_recipe",
+    "sample_tokens",
+    "staged_bytes",
     "stated_parts",
     "tune_model",
 ]

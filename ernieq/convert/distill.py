@@ -25,7 +25,7 @@ LOGIT_ROWS = 512
 # Tokens whose activations are held for a gradient: 3 GB in float32 for a model of 18 layers, 1024 wide.
 TOKENS_AT_ONCE = 2048
 _WARM_UP = 5  # steps in which the step size grows to its full length
-_CHECKS = 5  # comparisons on the held-out windows
+CHECKS = 5  # comparisons on the held-out windows
 # Tuning ends where a divergence is so many times that of the start. A rise by less is no reason: the long steps
 # at first often raise it, and the short ones at the end bring it down.
 _DIVERGED = 2.0
@@ -100,7 +100,7 @@ class Distillation:
             self._student.scales.refresh()
             done += 1
             on_step(done, steps)
-            if done % max(1, steps // _CHECKS) and done < steps:
+            if done % max(1, steps // CHECKS) and done < steps:
                 continue
             found = self.held_out()
             if found < best:

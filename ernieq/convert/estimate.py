@@ -1,28 +1,24 @@
-"""How long a conversion will take: two short measurements on this machine, and the work that the plan holds."""
+"""How long a conversion will take: short measurements on this machine, and the work that the plan holds."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from ernieq.convert.distill import CHECKS, HELD_OUT
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
+from ernieq.convert.speed import Speed
+from ernieq.convert.workload import encoded_groups, feed_forward
 from ernieq.encode import EncodeOptions
-from ernieq.kernels.precision import float32_products
-from ernieq.kernels.viterbi import search_tiles
 from ernieq.model import ModelConfig
-from ernieq.trellis import TILE_WEIGHTS, VALUE_RMS, TrellisCode
 
-# A GPU works on thousands of tiles at once and needs larger products to reach its speed.
-_PROBE_TILES = {"cpu": 32, "cuda": 4096}
-_PROBE_SIDE = {"cpu": 512, "cuda": 4096}
-
-# Passes of a token through the active weights of a layer while it is calibrated: the bf16 stream, its
-# activations on the quantized routing, the quantized stream, its activations for the Hessians.
-_PASSES = 5
+_HASHED_BYTES = 8_000_000
+# Time of tuning over that of its matrix products: softmax over the vocabulary, activations, the optimizer.
+# Measured on ernieq-nano on a CPU; a wider model has less beside its products, a GPU waits for small kernels.
+_BETWEEN_PRODUCTS = 1.9
 
 
 def estimate_seconds(
@@ -32,11 +28,13 @@ def estimate_seconds(
     options: EncodeOptions,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - it can't be changed
     *,
+    windows: int | None = None,
     tuned: bool = False,
+    source_bytes: int = 0,
 ) -> float:
-    """Seconds that encoding, calibration and tuning will take, from a probe of well under a second.
+    """Seconds that encoding, calibration, tuning and the hashing of files will take, from a probe of seconds.
 
-    Reading, writing and hashing are left out: they overlap with nothing but cost little beside these.
+    Reading and writing are left out: they cost little beside these, and how much is not to be known before.
 
     Args:
         config: of the model.
@@ -44,93 +42,41 @@ def estimate_seconds(
         recipe: the sample, the code, the steps of tuning.
         options: how matrices are encoded.
         device: where.
+        windows: of the sample, if they are not as many as the recipe calls for; 0 with stored Hessians.
         tuned: whether scales and norms are tuned.
+        source_bytes: size of the source's files.
     """
-    weights_at: dict[float, int] = {}
-    for module, bits in plan.modules.items():
-        weights_at[bits] = weights_at.get(bits, 0) + plan.module_weights[module]
-    encoding = sum(
-        weights / _encode_rate(TrellisCode(bits, recipe.encode.state_bits), options, device)
-        for bits, weights in weights_at.items()
-    )
+    speed = Speed(config, recipe, options, device)
+    groups = encoded_groups(config, plan.modules)
+    seconds = sum(count * speed.encoding(shape) for shape, count in groups.items())
     length = min(recipe.calibration.window, config.max_position_embeddings)
-    tokens = recipe.calibration.windows * length
-    operations = tokens * _operations_per_token(config, length)
+    tokens = (recipe.calibration.windows if windows is None else windows) * length
+    if tokens:
+        seconds += speed.calibration(tokens, length)
     if tuned:
-        operations += _tuning_operations(config, recipe, tokens)
-    return encoding + operations / _matmul_rate(device)
-
-
-def _encode_rate(code: TrellisCode, options: EncodeOptions, device: torch.device) -> float:
-    """Weights a second of the trellis search."""
-    wanted = torch.randn(_PROBE_TILES[device.type], TILE_WEIGHTS, device=device) * VALUE_RMS
-
-    def search(targets: Tensor) -> None:
-        search_tiles(
-            targets,
-            code,
-            first_pass_steps=options.first_pass_steps,
-            backend=options.backend,
-            threads=options.threads,
-        )
-
-    search(wanted[:2])
-    return wanted.numel() / _seconds(lambda: search(wanted), device)
-
-
-def _matmul_rate(device: torch.device) -> float:
-    """Multiplications and additions a second of a matrix product of typical size."""
-    side = _PROBE_SIDE[device.type]
-    left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
-    with float32_products(device, tensor_cores=True):
-        left @ right
-
-        def multiply() -> None:
-            for _ in range(8):
-                left @ right
-
-        return 8 * 2 * side**3 / _seconds(multiply, device)
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    """How long some work takes, with all that it leaves to a GPU."""
-    _finish(device)
-    started = time.perf_counter()
-    work()
-    _finish(device)
-    return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
+        seconds += speed.products(_tuning_products(config, recipe, tokens))
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what is free decides how much the conversion takes
+    # The output is hashed when it is written and when it is verified.
+    return seconds + (source_bytes + 2 * plan.output_bytes) * _hash_seconds()
 
 
-def _tuning_operations(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Multiplications and additions of tuning: the bf16 model once, the quantized one there and back a step."""
+def _hash_seconds() -> float:
+    """Seconds a byte."""
+    block = bytes(_HASHED_BYTES)
+    started = time.perf_counter()
+    hashlib.sha256(block).digest()
+    return (time.perf_counter() - started) / _HASHED_BYTES
+
+
+def _tuning_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
+    """Multiplications that take as long as tuning: the bf16 model once, steps, looks at held-out text."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
     attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    widths = (inner * active for inner, active in (_feed_forward(config, index) for index in range(layers)))
-    active = layers * attention + 3 * hidden * sum(widths)
-    steps = recipe.tune.steps * recipe.tune.batch_tokens
-    return 2 * (tokens * active + steps * (2 * active + 3 * hidden * config.vocab_size))
-
-
-def _feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
-    """Hidden units of a layer's MLP or of one expert, and how many of them a token meets."""
-    if not config.is_moe_layer(index):
-        return config.intermediate_size, 1
-    return config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
-
-
-def _operations_per_token(config: ModelConfig, length: int) -> float:
-    """Multiplications and additions for one calibration token, all layers together."""
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    cached = config.num_key_value_heads * config.head_dim
-    attention = hidden * (2 * heads + 2 * cached) + heads * length  # projections; half the score matrix, twice
-    total = 0.0
-    for index in range(config.num_hidden_layers):
-        inner, active = _feed_forward(config, index)
-        grams = (2 + active) * hidden**2 + active * (inner**2 + inner * hidden) + heads * (heads + hidden)
-        total += 2 * attention + _PASSES * active * 3 * hidden * inner + grams
-    return 2 * total
+    widths = (inner * active for inner, active in (feed_forward(config, index) for index in range(layers)))
+    active, head = layers * attention + 3 * hidden * sum(widths), hidden * config.vocab_size
+    settings = recipe.tune
+    # There, and back to inputs and to weights; the bf16 model's logits beside the quantized one's.
+    steps = settings.steps * settings.batch_tokens * (3 * active + 4 * head)
+    looks = (1 + min(CHECKS, settings.steps)) * tokens / HELD_OUT * (active + 2 * head)
+    return _BETWEEN_PRODUCTS * (tokens * active + steps + looks)

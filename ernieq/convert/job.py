@@ -19,6 +19,7 @@ from ernieq.checkpoint import (
     load_final_norm,
     load_head,
 )
+from ernieq.convert.audit import audited
 from ernieq.convert.collect import calibration_record, draw_sample, head_gram
 from ernieq.convert.groups import EMBEDDING, HEAD, LayerReport
 from ernieq.convert.layer import LayerQuantizer
@@ -279,6 +280,6 @@ class Conversion:
             recipe=self._recipe.to_dict(),
             seed=self._recipe.seed,
             calibration=report.calibration,
-            coverage=self._coverage,
+            coverage=audited(self._checkpoint, self._coverage),
             report=report.to_json(self._workplace, seconds) | self._allocation,
         )

@@ -12,6 +12,19 @@ from ernieq.errors import OutputExistsError, StorageError
 _SPARE_DISK_BYTES = 50_000_000
 
 
+def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something.
+
+    Raises:
+        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+    """
+    target, source = out.resolve(), checkpoint.directory.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
+
+
 def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
     """Refuse an output that would destroy something or can't hold the result.
 
@@ -19,12 +32,8 @@ def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bo
         OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
         StorageError: the disk has too little space.
     """
-    target, source = out.resolve(), checkpoint.directory.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
-    place = next(parent for parent in target.parents if parent.exists())
+    check_place(checkpoint, out, overwrite=overwrite)
+    place = next(parent for parent in out.resolve().parents if parent.exists())
     free = shutil.disk_usage(place).free
     if free < plan.output_bytes + _SPARE_DISK_BYTES:
         raise StorageError(

@@ -194,7 +194,7 @@ def test_on_a_terminal_the_rate_is_shown_in_its_unit(unit: str, rate: str) -> No
         report.update("verify", 1e6, 1e7)
         time.sleep(0.02)
         report.update("verify", 3e6, 1e7)
-        report.on_terminal("all at 3 GB/s")
+        report.terminal_line("all at 3 GB/s")
     assert re.search(rate, screen.getvalue())
     assert "all at 3 GB/s" in screen.getvalue()
 
@@ -202,7 +202,7 @@ def test_on_a_terminal_the_rate_is_shown_in_its_unit(unit: str, rate: str) -> No
 def test_what_is_for_a_terminal_is_not_printed_elsewhere() -> None:
     screen = io.StringIO()
     with shared.progress_report("verify", console=Console(file=screen, force_terminal=False)) as report:
-        report.on_terminal("all at 3 GB/s")
+        report.terminal_line("all at 3 GB/s")
     assert screen.getvalue() == ""
 
 
