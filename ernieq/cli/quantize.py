@@ -189,7 +189,7 @@ def command(
             tuned = conversion.untuned is None
             seconds = estimate_seconds(checkpoint.config, conversion.plan, recipe, options, device, tuned=tuned)
             if conversion.untuned:
-                progress.line(f"not tuned: {conversion.untuned}")
+                progress.warn(f"not tuned: {conversion.untuned}")
             plan = conversion.plan
             if allocated:  # a conversion measures as well
                 seconds += measuring
@@ -206,7 +206,7 @@ def command(
         if report.tuning is not None:
             progress.line(tuning_sentence(report.tuning))
         elif report.untuned:
-            progress.line(f"not tuned: {report.untuned}")
+            progress.warn(f"not tuned: {report.untuned}")
     print_result(run, report, seconds, kl, as_json=as_json)
     checkpoint.close()
 
