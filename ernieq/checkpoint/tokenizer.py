@@ -9,7 +9,7 @@ from typing import Any
 from ernieq.errors import CheckpointError
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: str | Path) -> Any:
     """Load a tokenizer; code that a checkpoint brings along is never run.
 
     Args:
@@ -21,6 +21,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: there is none, or transformers can't read it.
     """
+    directory = Path(directory)
     if not any(directory.glob("tokenizer*")) and not any(directory.glob("*.model")):
         raise CheckpointError(f"{directory} holds no tokenizer; tokenizer.json or tokenizer.model is needed")
     from transformers import AutoTokenizer  # slow to import, and most uses of a checkpoint need no text
