@@ -47,3 +47,10 @@ def test_every_local_link_leads_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_picture_is_told_in_words(document: Path) -> None:
     assert [target for words, target in pictures(document) if len(words) < 20] == []
+
+
+def test_the_reference_lists_every_public_package() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. automodule:: ernieq\.(\w+)$", page, flags=re.MULTILINE))
+    packages = {path.parent.name for path in (ROOT / "ernieq").glob("*/__init__.py")} - {"cli"}
+    assert packages - listed == set()
