@@ -13,10 +13,11 @@ import pytest
 
 from ernieq.convert import default_recipe, make_plan
 from ernieq.records import format_bytes
-from tests.documents import ROOT, pictures
+from tests.documents import README, ROOT, pictures
 
 BENCHMARKS = ROOT / "benchmarks"
 PLANNED = BENCHMARKS / "results" / "plan_sizes.json"
+PEERS = BENCHMARKS / "peers.json"
 FIGURES = ROOT / "docs" / "figures"
 LARGEST_FIGURE = 40_000  # bytes; text that became outlines would take more
 MOST_DRIFT = 0.02  # of a length on the page; another processor may sum in another order
@@ -58,6 +59,35 @@ def test_sizes_in_the_tables_of_the_21b_are_those_of_the_stored_plan(page: Path)
         if page.stem == "cpu":
             sizes = [row["file_bytes"], row["conversion_memory_bytes"]]
         assert cells.split(" | ") == [format_bytes(size) for size in sizes]
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "comparison.md"], ids=lambda page: page.stem)
+def test_the_table_of_peers_is_what_was_measured(page: Path) -> None:
+    points = {
+        f"{row['tool']} {row['setting']}": row
+        for row in json.loads(PEERS.read_text(encoding="utf-8"))["models"]["ernieq-mini"]
+    }
+    text = page.read_text(encoding="utf-8")
+    told = re.findall(
+        r"^\| ((?:EXL3|llama\.cpp) [^|]+) \| ([\d.]+) MB of (\w+) \| (.*) \|$", text, re.MULTILINE
+    )
+    assert {name for name, *_ in told} == set(points)
+    for name, megabytes, counted, cells in told:
+        peer, ours = points[name], measured(name)
+        assert float(megabytes) == peer[f"{counted}_mb"]
+        theirs, own, shares = (tuple(map(float, cell.split(" / "))) for cell in cells.split(" | "))
+        assert theirs == (peer["wikitext2"], peer["english_books"])
+        for shown, row in zip(own, ours, strict=True):
+            assert shown == pytest.approx(row["kl"], rel=5e-3, abs=5e-5)
+        for shown, row in zip(shares, ours, strict=True):
+            assert shown == pytest.approx(row["share_of_peer"], abs=5.1e-3)
+
+
+def measured(peer: str) -> list[dict[str, Any]]:
+    """Our rows at a peer's size: wikitext2, then english_books."""
+    rows = json.loads((BENCHMARKS / "results" / "mini_curve.json").read_text(encoding="utf-8"))["rows"]
+    chosen = [row for row in rows if row["preset"] == "balanced" and f"{row['tool']} {row['setting']}" == peer]
+    return [row for text in ("wikitext2", "english_books") for row in chosen if row["text"] == text]
 
 
 @pytest.mark.parametrize("script", ["draw_figures"], indirect=True)

@@ -14,6 +14,7 @@ from ernieq.cli.processor import settle_device
 from ernieq.cli.shared import (
     backend_option,
     device_option,
+    directories,
     json_option,
     model_directory,
     print_json,
@@ -35,7 +36,7 @@ _STDIN = "-"
 
 
 @click.command("generate")
-@click.argument("path")
+@click.argument("path", shell_complete=directories)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @click.option(
     "--temperature",

@@ -22,6 +22,7 @@ from ernieq.cli.conversion_run import ConversionRun
 from ernieq.cli.shared import (
     backend_option,
     device_option,
+    directories,
     json_option,
     overwrite_option,
     progress_report,
@@ -65,7 +66,7 @@ def _part_options(function: Any) -> Any:
 
 
 @click.command(name="quantize")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=directories)
 @click.option(
     "--bits",
     type=float,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -38,6 +39,11 @@ from ernieq.records import format_rate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _AUTO_DEVICE = "ernieq.auto_device"
+
+
+def directories(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Have the shell complete a directory; for ``shell_complete`` of an argument that may be a hub id too."""
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def threads_option(function: Function) -> Function:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -26,7 +27,7 @@ def completions(words: str, index: int) -> list[str]:
         check=False,
     )
     assert done.stderr == ""
-    return [line.split(",", 1)[1] for line in done.stdout.splitlines()]
+    return [line.removeprefix("plain,") for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -49,6 +50,17 @@ def test_commands_and_options_are_completed() -> None:
     assert completions("ernieq e", 1) == ["export", "eval-ppl", "env"]
     assert completions("ernieq --ver", 1) == ["--version", "--verbose"]
     assert completions("ernieq verify --j", 2) == ["--json"]
+
+
+@pytest.mark.parametrize("command", ["generate", "bench", "eval-ppl", "quantize", "calibrate", "inspect"])
+def test_the_shell_completes_the_directory_of_a_model(command: str) -> None:
+    parameter = next(
+        parameter
+        for parameter in main.get_command(click.Context(main), command).params  # type: ignore[union-attr]
+        if isinstance(parameter, click.Argument)
+    )
+    (item,) = parameter.shell_complete(click.Context(main), "ernieq-na")
+    assert (item.value, item.type) == ("ernieq-na", "dir")
 
 
 def test_the_name_of_a_command_is_completed_without_importing_it() -> None:
