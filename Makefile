@@ -21,7 +21,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -n
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers lint format bench fuzz install clean
+.PHONY: help demo test test-transformers docs lint format bench fuzz install clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -35,6 +35,10 @@ test: lint  ## all checks: lint, types, import ladder, tests and notebooks
 
 test-transformers: install  ## the tests of the transformers integration, on the oldest and newest supported version
 	PIP_FLAGS="$(PIP_FLAGS)" BIN="$(BIN)" .ci/test_transformers
+
+docs: $(VENV)/.docs  ## build the pages of docs/ into build/docs; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 lint: install  ## style, types and the import ladder
 	$(BIN)/ruff check .
@@ -62,6 +66,11 @@ install: $(VENV)/.installed  ## make .venv with the pinned tools and this packag
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SOURCES)
 	@echo "installing ernieq (compiles its kernels) ..."
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "installing what builds the pages ..."
+	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS),docs]'
 	@touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/.ready

@@ -10,7 +10,7 @@ from ernieq.checkpoint.files import aux_files
 from ernieq.errors import CheckpointError
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: str | Path) -> Any:
     """Load a tokenizer; code that a checkpoint brings along is never run.
 
     Args:
@@ -22,6 +22,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         CheckpointError: there is none, or transformers can't read it.
     """
+    directory = Path(directory)
     if not any(directory.glob("tokenizer*")) and not any(directory.glob("*.model")):
         raise CheckpointError(f"{directory} holds no tokenizer; tokenizer.json or tokenizer.model is needed")
     aux_files(directory)  # the library would wait for a pipe

@@ -37,9 +37,16 @@ SECTIONS = (
     CommandSection(
         "Use",
         (
-            CommandEntry("generate", "Complete a prompt."),
+            CommandEntry("generate", "Complete prompts."),
             CommandEntry("push", "Upload a packed checkpoint to the Hugging Face hub."),
             CommandEntry("bench", "Measure the speed of prompts and of what follows them."),
+        ),
+    ),
+    CommandSection(
+        "Set up",
+        (
+            CommandEntry("env", "Say what this machine has and which backends can run on it."),
+            CommandEntry("completion", "Print a script that completes commands in a shell."),
         ),
     ),
 )

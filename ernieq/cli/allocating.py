@@ -126,7 +126,7 @@ def convert_in_rounds(run: ConversionRun, allocated: Allocated) -> tuple[Convers
         if following.rates == allocation.rates:
             break
         allocation = following
-    run.progress.line(
+    run.progress.warn(
         f"{target.option} {target.amount:g} is not held: the KL that was reached is "
         f"{format_significant(found)}; ask for a smaller one to get a larger file"
     )

@@ -12,6 +12,7 @@ from ernieq.cli.processor import settle_device
 from ernieq.cli.shared import (
     backend_option,
     device_option,
+    directories,
     json_option,
     model_directory,
     print_json,
@@ -69,7 +70,7 @@ def _lengths(_context: click.Context, _parameter: click.Parameter, value: str | 
 
 
 @click.command("bench")
-@click.argument("path")
+@click.argument("path", shell_complete=directories)
 @click.option(
     "--prompt",
     "prompts",

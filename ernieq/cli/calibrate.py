@@ -19,6 +19,7 @@ from ernieq.checkpoint import open_checkpoint
 from ernieq.cli.conversion_device import settle_conversion
 from ernieq.cli.shared import (
     device_option,
+    directories,
     json_option,
     overwrite_option,
     print_json,
@@ -45,7 +46,7 @@ def read_texts(paths: Sequence[Path]) -> list[TextFile]:
 
 
 @click.command(name="calibrate")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=directories)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Directory for the Hessians, for quantize --hessians."
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import click
 import torch
 
 from ernieq.cli.processor import settle_device
 from ernieq.cli.shared import device_was_chosen
+from ernieq.cli.verbosity import note
 from ernieq.errors import UsageError
 from ernieq.kernels.backend import Backend
 from ernieq.kernels.device import unusable_gpu
@@ -35,5 +35,5 @@ def settle_conversion(
         raise UsageError("--vram bounds the memory of a GPU, and the work is done on the CPU")
     if device_was_chosen() and not quiet:
         reason = "the backend is one of it" if backend is not Backend.AUTO else unusable_gpu()
-        click.echo(f"Running on the CPU ({reason}).", err=True)
+        note(f"Running on the CPU ({reason}).")
     return device, None

@@ -100,7 +100,9 @@ class ConversionRun:
             line += f"output error {report.output_error:.4f}"
             if report.expert_tokens:
                 line += f", tokens per expert {min(report.expert_tokens)} to {max(report.expert_tokens)}"
-            self.progress.line(line)
+            self.progress.finished(line)
+            for module, error in sorted(report.errors.items(), key=lambda item: -item[1]):
+                self.progress.detail(f"  {module}: weight error {error:.4f}")
 
         def on_tuning_step(done: int, steps: int) -> None:
             self.progress.describe(f"tuning: step {done} of {steps}")

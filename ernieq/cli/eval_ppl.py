@@ -17,6 +17,7 @@ from ernieq.cli.shared import (
     ProgressReport,
     backend_option,
     device_option,
+    directories,
     json_option,
     print_json,
     progress_report,
@@ -52,7 +53,7 @@ class _Plan:
 
 
 @click.command("eval-ppl")
-@click.argument("path")
+@click.argument("path", shell_complete=directories)
 @click.option("--base", metavar="PATH|none", help="Model to compare with [default: the one in the manifest].")
 @click.option(
     "--text",

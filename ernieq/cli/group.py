@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from ernieq.cli.verbosity import verbosity_options
 from ernieq.errors import ErnieqError, StorageError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
@@ -48,11 +50,15 @@ class CommandSection:
 
 
 class ErnieqGroup(click.Group):
-    """A click group that imports a command only to run it or to print its help."""
+    """A click group that imports a command only to run it or to print its help.
+
+    It and all of its commands take ``--quiet`` and ``--verbose``.
+    """
 
     def __init__(self, *args: Any, sections: tuple[CommandSection, ...], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.sections = sections
+        self.params += verbosity_options()
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """All command names, in the order of the help."""
@@ -63,9 +69,18 @@ class ErnieqGroup(click.Group):
         for section in self.sections:
             for entry in section.entries:
                 if entry.name == cmd_name:
-                    command: click.Command = importlib.import_module(entry.module).command
-                    return command
+                    return _with_verbosity(importlib.import_module(entry.module).command)
         return None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete the name of a command from the table; click would import every command to ask it."""
+        entries = (entry for section in self.sections for entry in section.entries)
+        names = [
+            CompletionItem(entry.name, help=entry.summary)
+            for entry in entries
+            if entry.name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Print the sections from their table, importing nothing."""
@@ -77,6 +92,13 @@ class ErnieqGroup(click.Group):
         """Run a command; whatever goes wrong leaves as a sentence and an exit code."""
         with failures_as_sentences(ctx, debug=bool(ctx.params.get("debug"))):
             return super().invoke(ctx)
+
+
+def _with_verbosity(command: click.Command) -> click.Command:
+    """The command, with ``--quiet`` and ``--verbose`` if it was not given them before."""
+    if not any(parameter.name == "quiet" for parameter in command.params):
+        command.params += verbosity_options()
+    return command
 
 
 @contextmanager

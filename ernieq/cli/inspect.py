@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ernieq.bundled import resolve_source
-from ernieq.cli.shared import json_option, print_json
+from ernieq.cli.shared import directories, json_option, print_json
 from ernieq.pack import PackedReader, is_packed
 from ernieq.pack.inventory import Group, Inventory, StoredParameter, packed_parameters, take_inventory
 from ernieq.records import WeightsRecord, bits_per_weight, format_bits, format_bytes, format_count
@@ -36,7 +36,7 @@ _OUTSIDE_DECODER = ("embedding", "head", _CARRIED)
 
 
 @click.command("inspect")
-@click.argument("path")
+@click.argument("path", shell_complete=directories)
 @json_option
 def command(path: str, as_json: bool) -> None:
     """Show what PATH is made of: parameters, bits, bytes and codes per group of tensors.

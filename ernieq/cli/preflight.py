@@ -107,7 +107,7 @@ def print_dry_run(prepared: Prepared, *, as_json: bool) -> None:
     """Print the plan of ``--dry-run``; a conversion measures for an allocation as well, so its time counts."""
     seconds = prepared.seconds() + prepared.measured_seconds
     for line in [f"not tuned: {prepared.untuned}"] * bool(prepared.untuned) + prepared.warnings:
-        prepared.run.progress.line(line)
+        prepared.run.progress.warn(line)
     print_plan(
         prepared.plan, seconds, prepared.staged_bytes, prepared.run.out, prepared.allocation, as_json=as_json
     )
@@ -119,7 +119,7 @@ def announce(prepared: Prepared, scan: SourceScan) -> None:
     progress.describe("measuring how fast this machine is")
     needs = needs_sentence(plan, prepared.seconds(), prepared.staged_bytes)
     for warning in prepared.warnings:
-        progress.line(warning)
+        progress.warn(warning)
     if not progress.on_terminal:
         size = f"{format_bytes(plan.output_bytes)} at {plan.bits_per_weight:.2f} bits per weight"
         progress.line(f"plan: {size}, {needs}")

@@ -23,6 +23,7 @@ from ernieq.cli.sample_text import own_text
 from ernieq.cli.shared import (
     backend_option,
     device_option,
+    directories,
     json_option,
     overwrite_option,
     progress_report,
@@ -66,7 +67,7 @@ def _part_options(function: Any) -> Any:
 
 
 @click.command(name="quantize")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=directories)
 @click.option(
     "--bits",
     type=float,
@@ -212,7 +213,7 @@ def command(
         if report.tuning is not None:
             progress.line(tuning_sentence(report.tuning))
         elif report.untuned:
-            progress.line(f"not tuned: {report.untuned}")
+            progress.warn(f"not tuned: {report.untuned}")
         if not as_json:
             conclude(run, scan)
     print_result(run, report, seconds, kl, as_json=as_json)

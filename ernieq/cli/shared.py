@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,6 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ernieq.bundled import resolve_source
+from ernieq.cli.verbosity import Verbosity, verbosity
 from ernieq.kernels.backend import Backend, default_threads
 from ernieq.records import format_bytes, format_rate
 
@@ -41,6 +43,11 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _AUTO_DEVICE = "ernieq.auto_device"
+
+
+def directories(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Have the shell complete a directory; for ``shell_complete`` of an argument that may be a hub id too."""
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def threads_option(function: Function) -> Function:
@@ -157,13 +164,15 @@ def print_json(value: Any) -> None:
 class ProgressReport:
     """What a command tells while it works: a bar that moves on, and lines that stay.
 
-    The bar is drawn only on a terminal; the lines are printed everywhere.
+    The bar is drawn only on a terminal. Away from one nothing tells of progress unless ``--verbose``; lines,
+    which tell of what was found or chosen, are printed there too. See ``ernieq.cli.verbosity``.
     """
 
     def __init__(self, console: Console, bar: Progress | None, task: TaskID | None) -> None:
         self._console = console
         self._bar = bar
         self._task = task
+        self._told = ""  # the last step that --verbose has printed
 
     def advance(self, amount: float = 1) -> None:
         """Move the bar on by an amount of work."""
@@ -174,11 +183,23 @@ class ProgressReport:
         """Say what is being done and how far it is; fits the libraries' ``on_progress``."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what, completed=done, total=total)
+        self._tell(what)
 
     def describe(self, what: str) -> None:
         """Say what is being done, leaving the bar where it is."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=what)
+        self._tell(what)
+
+    def finished(self, text: str) -> None:
+        """Print the figures of a finished part, such as a layer: on a terminal, or with ``--verbose``."""
+        if self._console.is_terminal or verbosity() is Verbosity.VERBOSE:
+            self.line(text)
+
+    def detail(self, text: str) -> None:
+        """Print a line if ``--verbose``."""
+        if verbosity() is Verbosity.VERBOSE:
+            self.line(text)
 
     @property
     def on_terminal(self) -> bool:
@@ -186,11 +207,17 @@ class ProgressReport:
         return self._bar is not None
 
     def table(self, table: Table) -> None:
-        """Print a table that stays."""
-        self._console.print(table)
+        """Print a table that stays, unless ``--quiet``."""
+        if verbosity() is not Verbosity.QUIET:
+            self._console.print(table)
 
     def line(self, text: str) -> None:
-        """Print a line that stays, for example the figures of one finished layer."""
+        """Print a line that stays, unless ``--quiet``."""
+        if verbosity() is not Verbosity.QUIET:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line that stays whatever was asked for: it tells of a result that differs."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def terminal_line(self, text: str) -> None:
@@ -198,12 +225,18 @@ class ProgressReport:
         if self._bar is not None:
             self.line(text)
 
+    def _tell(self, what: str) -> None:
+        """With ``--verbose``, a line for every step that begins."""
+        if what != self._told:
+            self._told = what
+            self.detail(what)
+
 
 @contextmanager
 def progress_report(
     description: str, *, total: float | None = None, unit: str = "steps", console: Console | None = None
 ) -> Iterator[ProgressReport]:
-    """Show a bar with rate and time left on a terminal; elsewhere show only the lines.
+    """Show a bar with rate and time left on a terminal, unless ``--quiet``; elsewhere show only the lines.
 
     Args:
         description: what is being done, in a few words.
@@ -212,7 +245,7 @@ def progress_report(
         console: where to draw; stderr unless given.
     """
     console = console or Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or verbosity() is Verbosity.QUIET:
         yield ProgressReport(console, None, None)
         return
     columns = (

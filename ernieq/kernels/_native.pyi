@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 def available_isas() -> list[str]: ...
+def processor_features() -> dict[str, bool]: ...
 def hadamard_rotate(
     input: NDArray[np.float32],
     signs: NDArray[np.int8],

@@ -42,6 +42,27 @@ def resolve_backend(backend: Backend) -> Backend:
     return backend
 
 
+def unusable_backend(backend: Backend) -> str:
+    """Why a backend can't run on this machine; empty if it can."""
+    try:
+        resolve_backend(backend)
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def processor_features() -> dict[str, bool]:
+    """Instruction set extensions that the C++ kernels ask for, and whether this processor has them.
+
+    Empty where the C++ module is missing, or was built for a processor that has none of them.
+    """
+    try:
+        from ernieq.kernels import _native
+    except ImportError:
+        return {}
+    return _native.processor_features()
+
+
 def default_threads() -> int:
     """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

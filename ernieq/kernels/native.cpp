@@ -1,8 +1,10 @@
 // The Python module of all C++ kernels. Each kernel registers itself from its own folder.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <stdexcept>
 
 #include "isa.hpp"
@@ -43,11 +45,29 @@ static std::vector<std::string> available_isas() {
     return names;
 }
 
+// The extensions that best_isa() asks for, and whether this processor has them.
+static std::map<std::string, bool> processor_features() {
+    std::map<std::string, bool> features;
+#ifdef ERNIEQ_X86
+    __builtin_cpu_init();
+#define ERNIEQ_FEATURE(name) features[name] = __builtin_cpu_supports(name)
+    ERNIEQ_FEATURE("avx2");
+    ERNIEQ_FEATURE("fma");
+    ERNIEQ_FEATURE("avx512f");
+    ERNIEQ_FEATURE("avx512bw");
+    ERNIEQ_FEATURE("avx512vl");
+    ERNIEQ_FEATURE("avx512dq");
+#undef ERNIEQ_FEATURE
+#endif
+    return features;
+}
+
 }  // namespace ernieq
 
 NB_MODULE(_native, module) {
     module.doc() = "C++ kernels of ernieq; use the Python functions of ernieq.kernels.";
     module.def("available_isas", &ernieq::available_isas, "Instruction sets of this processor, best last.");
+    module.def("processor_features", &ernieq::processor_features, "Extensions that the kernels ask for.");
     ernieq::register_viterbi(module);
     ernieq::register_hadamard(module);
     ernieq::register_trellis_matmul(module);

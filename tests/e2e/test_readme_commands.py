@@ -17,48 +17,17 @@ from ernieq.convert import Conversion, apply_overrides, default_recipe
 from ernieq.encode import EncodeOptions
 from ernieq.evaluate import evaluate_text, load_text
 from ernieq.load import open_stream
-from tests.convert.conversions import write_words
-from tests.test_readme import readme_commands
-from tests.tiny import write_tiny
-
-THREADS = 1  # two would wait for each other on a machine that is busy with other tests
-# Appended to the README's commands, which stay as they are, so that they take seconds.
-_SAMPLE = ["--windows", "4", "--window", "256"]
-_QUICK = {
-    "quantize": ["--state-bits", "12", *_SAMPLE],
-    "calibrate": _SAMPLE,
-    "eval-ppl": ["--max-windows", "2", "--max-bytes", "40000"],
-    "generate": ["--max-tokens", "8"],
-    "sample-text": ["--tokens", "100"],
-}
-# They need a hub or another's files, and run in tests of their own.
-_ELSEWHERE = {"push": "tests/cli/test_push.py", "import-wint2": "tests/cli/test_import_wint2.py"}
-HUB_ID = "baidu/ERNIE-4.5-21B-A3B-Base-PT"
-
-
-def prepared(arguments: list[str], place: Path) -> list[str]:
-    """A command of the README made quick, and with a tiny checkpoint in place of one from the hub."""
-    extra = list(_QUICK.get(arguments[0], []))
-    if "--hessians" in arguments:
-        extra = extra[:2]  # the sample was drawn when they were collected
-    if "--tune" in arguments:
-        extra += ["--tune-steps", "1"]
-    if arguments[0] not in ("inspect", "verify"):
-        extra += ["--threads", str(THREADS)]
-    if HUB_ID in arguments and arguments[0] != "inspect":
-        extra += ["--text", str(place / "words.txt"), "--window", "32"]
-    return [str(place / "hub") if word == HUB_ID else word for word in arguments] + extra
+from tests.documents import README, commands
+from tests.e2e.quick import ELSEWHERE, THREADS, prepared, write_sources
 
 
 def test_every_command_of_the_readme_runs_in_its_order(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "hub")
-    write_words(tmp_path / "words.txt")
-    (tmp_path / "my_text.txt").write_text("The old house stood on the hill above the river. " * 400)
-    commands = readme_commands("ernieq")
-    assert {arguments[0] for arguments in commands} >= {"quantize", "eval-ppl", "generate", "verify", "export"}
-    for arguments in commands:
-        if arguments[0] in _ELSEWHERE:
-            assert Path(_ELSEWHERE[arguments[0]]).is_file()
+    write_sources(tmp_path)
+    typed = commands(README, "ernieq")
+    assert {arguments[0] for arguments in typed} >= {"quantize", "eval-ppl", "generate", "verify", "export"}
+    for arguments in typed:
+        if arguments[0] in ELSEWHERE:
+            assert Path(ELSEWHERE[arguments[0]]).is_file()
             continue
         finished = subprocess.run(
             [sys.executable, "-c", "from ernieq.cli import main; main()", *prepared(arguments, tmp_path)],
