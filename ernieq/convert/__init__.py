@@ -24,6 +24,7 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
+from ernieq.convert.staging import Staging
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
@@ -50,6 +51,7 @@ __all__ = [
     "Preset",
     "PresetName",
     "Recipe",
+    "Staging",
     "Target",
     "TuneSettings",
     "Tuned",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ from ernieq.calibrate import (
     hidden_of,
 )
 from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
-from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.unit_store import Units
 from ernieq.encode import Batches, EncodeOptions
 from ernieq.errors import CheckpointError, StorageError
 from ernieq.model import DecoderLayer, ModelConfig
@@ -76,7 +77,7 @@ def quantize_layer_from(
     grams: Mapping[str, Tensor],
     recipe: Recipe,
     options: EncodeOptions,
-    sink: Sink,
+    units: Units,
     on_weights: Callable[[int], None] | None = None,
     experts: Batches | None = None,
 ) -> LayerReport:
@@ -89,7 +90,7 @@ def quantize_layer_from(
         grams: the Hessians of the layer's inputs, by the names of ``layer_groups``.
         recipe: bits and seed.
         options: how matrices are encoded.
-        sink: receives the encoded matrices.
+        units: has what was encoded before, and receives what is encoded now.
         on_weights: called with the number of weights encoded since the last call.
         experts: how many experts are worked on at once; one by one unless given.
 
@@ -97,14 +98,14 @@ def quantize_layer_from(
         CheckpointError: a Hessian is missing or has another width.
     """
     report = LayerReport(index)
-    encoder = GroupEncoder(recipe, options, sink, on_weights)
+    encoder = GroupEncoder(recipe, options, units, on_weights)
     routed: list[list[Group]] = []  # gate and up, and down, of every expert
 
     def encode_routed(batch: Sequence[list[Group]]) -> None:
         encoded = encoder.encode(index, [_moved(group, layer) for pair in batch for group in pair])
         for pair in batch:
             names = [name for group in pair for name in group.weights if name in encoded]
-            encoder.hand_over(report, {name: encoded[name] for name in names})
+            report.note({name: encoded[name] for name in names})
 
     def encode_gathered() -> None:
         (experts or Batches(1, "experts", options.on_notice)).run(routed, encode_routed)
@@ -119,7 +120,7 @@ def quantize_layer_from(
             continue
         encode_gathered()
         if group is not None:
-            encoder.hand_over(report, encoder.encode(index, [_moved(group, layer)]))
+            report.note(encoder.encode(index, [_moved(group, layer)]))
     encode_gathered()
     return report
 
@@ -184,9 +185,20 @@ class HessianDirectory:
             summary = json.loads((self._path / SUMMARY_NAME).read_text(encoding="utf-8"))
             return CalibrationRecord(**summary["calibration"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME}"
-            ) from error
+            raise CheckpointError(self._unfinished) from error
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these Hessians from others: the hash of ``calibration.json``, which has those of the layers.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        try:
+            raw = (self._path / SUMMARY_NAME).read_bytes()
+        except OSError:
+            raise CheckpointError(self._unfinished) from None
+        return {"Hessians": hashlib.sha256(raw).hexdigest()}
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Read one layer's Hessians.
@@ -203,6 +215,10 @@ class HessianDirectory:
             if not torch.isfinite(gram).all():
                 raise CheckpointError(f"{self._file(index)}: {name} has NaN or infinite numbers")
         return grams
+
+    @property
+    def _unfinished(self) -> str:
+        return f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME}"
 
     def _file(self, index: int) -> Path:
         return self._path / f"layer-{index:05d}.safetensors"
