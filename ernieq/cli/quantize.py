@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,22 @@ from ernieq.cli.shared import (
     json_option,
     overwrite_option,
     progress_report,
+    restart_option,
     seed_option,
     threads_option,
     vram_option,
 )
+from ernieq.cli.stopping import stopping_gently
 from ernieq.convert import (
     PRESETS,
     HessianDirectory,
     Part,
     PresetName,
     Recipe,
+    Staging,
     apply_overrides,
     check_output,
+    check_place,
     default_recipe,
     estimate_seconds,
     read_recipe,
@@ -131,6 +136,7 @@ def _part_options(function: Any) -> Any:
 @device_option
 @vram_option
 @overwrite_option
+@restart_option
 @json_option
 def command(
     model: str | None,
@@ -146,6 +152,7 @@ def command(
     device: torch.device,
     vram: float | None,
     overwrite: bool,
+    restart: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -154,6 +161,8 @@ def command(
     Say --bits, or one target: --target-size, --target-decoder-size, --target-bpw or --max-kl. For a target the
     model is measured first, and every part of every layer gets the bits that its errors call for; parts whose
     bits you state keep them.
+
+    A run that was interrupted in any way is resumed by the same command: finished work is kept in OUT.partial.
 
     Bits of a part can be 1.5 to 6 in halves, 7, 8, or 16 to keep the numbers of the source.
 
@@ -169,15 +178,27 @@ def command(
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     target = chosen_target(settings, bits, hessians)
     recipe = _recipe(bits, recipe_file, settings)
-    with progress_report(f"opening {name}", unit="weights") as progress:
+    with progress_report(f"opening {name}", unit="weights") as progress, ExitStack() as stack:
         checkpoint = open_checkpoint(resolve_source(name), revision=revision)
         label = f"{recipe.bits:g}bit" if target is None else target.label
         out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{label}")
         options = EncodeOptions(backend=backend, threads=threads)
         calibration = _calibration(texts, hessians, settings)
         device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
+        check_place(checkpoint, out, overwrite=overwrite or dry_run)
+        staging = None if dry_run else stack.enter_context(Staging(out, restart=restart))
         run = ConversionRun(
-            checkpoint, name, out, overwrite, calibration, options, device, vram_bytes, progress
+            checkpoint,
+            name,
+            out,
+            overwrite,
+            calibration,
+            options,
+            device,
+            vram_bytes,
+            progress,
+            staging,
+            stack.enter_context(stopping_gently()),
         )
         started = time.monotonic()
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
@@ -202,6 +223,8 @@ def command(
             report, kl = convert_in_rounds(run, allocated)
         else:
             report = run.convert(recipe, allocation)
+        if staging is not None:
+            staging.remove()
         seconds = time.monotonic() - started
         if report.tuning is not None:
             progress.line(tuning_sentence(report.tuning))

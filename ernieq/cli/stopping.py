@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a long command: the unit of work under way is finished and saved, and the command ends."""
+"""SIGINT and SIGTERM of a long command: the unit of work under way is finished and saved, then it ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def stopping_gently() -> Iterator[Callable[[], bool]]:
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        click.echo("stopping as soon as the unit of work under way is saved; once more to stop at once", err=True)
+        click.echo(
+            "stopping as soon as the unit of work under way is saved; once more to stop at once", err=True
+        )
 
     caught = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for number in caught}

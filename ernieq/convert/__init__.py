@@ -5,10 +5,11 @@ from ernieq.convert.collect import calibration_record, collect_statistics, draw_
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
 from ernieq.convert.groups import LayerReport
+from ernieq.convert.identity import differences, job_identity, text_identity
 from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
-from ernieq.convert.output import check_output
+from ernieq.convert.output import check_output, check_place
 from ernieq.convert.plan import PartPlan, Plan, make_plan
 from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (
@@ -24,13 +25,14 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
-from ernieq.convert.staging import Staging
+from ernieq.convert.staging import ALLOCATION, Staging
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
 from ernieq.convert.workplace import Workplace
 
 __all__ = [
+    "ALLOCATION",
     "BITS_ALLOWED",
     "KEEP",
     "PRESETS",
@@ -60,13 +62,17 @@ __all__ = [
     "apply_overrides",
     "calibration_record",
     "check_output",
+    "check_place",
     "collect_statistics",
     "default_recipe",
+    "differences",
     "draw_sample",
     "estimate_seconds",
+    "job_identity",
     "make_plan",
     "parse_bytes",
     "read_recipe",
     "stated_parts",
+    "text_identity",
     "tune_model",
 ]

@@ -18,7 +18,7 @@ from ernieq.convert.encoding import Encoding, JobProgress
 from ernieq.convert.groups import layer_of
 from ernieq.convert.identity import differences, digest_of, job_identity, text_identity
 from ernieq.convert.listener import ConversionReport, Listener
-from ernieq.convert.output import check_output
+from ernieq.convert.output import check_output, check_place
 from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.plan import make_plan
 from ernieq.convert.recipe import Recipe
@@ -118,6 +118,7 @@ class Conversion:
         """
         if staging is not None:
             return self._run(staging, overwrite, card, should_stop)
+        check_place(self._checkpoint, out, overwrite=overwrite)
         with Staging(out) as own:
             report = self._run(own, overwrite, card, should_stop)
             own.remove()
@@ -192,7 +193,7 @@ class Conversion:
             JobDiffersError: that is another one, and has finished work.
         """
         found = staging.job
-        if found is None or not staging.has_work:
+        if found is None or not staging.has_units:
             staging.discard_job()
             staging.begin(job)
             return

@@ -7,9 +7,24 @@ from pathlib import Path
 
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.plan import Plan
+from ernieq.convert.staging import staging_path
 from ernieq.errors import OutputExistsError, StorageError
 
 _SPARE_DISK_BYTES = 50_000_000
+
+
+def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Refuse an output that would destroy something, before anything is written beside it.
+
+    Raises:
+        OutputExistsError: the output is the input or inside it, or exists, ``overwrite`` is false, and no
+            unfinished work lies beside it.
+    """
+    target, source = out.resolve(), checkpoint.directory.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
+    if out.exists() and not overwrite and not staging_path(target).exists():
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
 
 
 def check_output(
@@ -25,12 +40,11 @@ def check_output(
         staging: where units and hidden states are kept beside the output meanwhile, if they are.
 
     Raises:
-        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+        OutputExistsError: as ``check_place``; also for an output beside unfinished work.
         StorageError: the disk has too little space.
     """
-    target, source = out.resolve(), checkpoint.directory.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
+    check_place(checkpoint, out, overwrite=overwrite)
+    target = out.resolve()
     if out.exists() and not overwrite:
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
     place = next(parent for parent in target.parents if parent.exists())

@@ -34,7 +34,7 @@ class Snapshots:
         self._due = 0.0  # on the monotonic clock
 
     def last(self, before: int) -> tuple[int, Streams] | None:
-        """The last snapshot that is whole, at most ``before`` the layer of that number: its own, and streams."""
+        """The last whole snapshot before that layer or an earlier one: which layer it is, and the streams."""
         for event in reversed(list(self._journal.events(_SNAPSHOT))):
             file = read_tensor_file(self._folder / event["file"], event["sha256"])
             if file is not None and event["layer"] <= before:

@@ -25,12 +25,17 @@ from typing import Any, BinaryIO, Self
 
 from ernieq.convert.journal import Journal
 from ernieq.convert.source_hashes import SOURCE
-from ernieq.errors import OutputExistsError, OutputLockedError, StorageError
+from ernieq.errors import OutputExistsError, OutputLockedError
 from ernieq.pack import MANIFEST_NAME, REPLACED, file_sha256, storage_errors, write_durably
 
 ALLOCATION = "allocation.json"
 _LOCK, _JOB, _JOURNAL = "lock", "job.json", "journal.jsonl"
 _PUBLISHED = "published"
+
+
+def staging_path(out: Path) -> Path:
+    """The staging directory of an output."""
+    return out.with_name(f"{out.name}.partial")
 
 
 class Staging:
@@ -53,7 +58,7 @@ class Staging:
 
     def __init__(self, out: Path, *, restart: bool = False) -> None:
         self.out = Path(os.path.realpath(out))
-        self.path = self.out.with_name(f"{self.out.name}.partial")
+        self.path = staging_path(self.out)
         self._restart = restart
         self._new_parents: list[Path] = []
         self._lock: BinaryIO | None = None
@@ -84,10 +89,14 @@ class Staging:
             self._unlock()
 
     @property
+    def has_units(self) -> bool:
+        """Whether the job has finished any unit of work."""
+        return any(entry["event"] != SOURCE for entry in self.journal.events())
+
+    @property
     def has_work(self) -> bool:
         """Whether anything is there that a later run can go on with."""
-        finished = any(entry["event"] != SOURCE for entry in self.journal.events())
-        return finished or (self.path / ALLOCATION).exists()
+        return self.has_units or (self.path / ALLOCATION).exists()
 
     @property
     def job(self) -> dict[str, Any] | None:
@@ -133,7 +142,7 @@ class Staging:
         with storage_errors(self.path):
             for folder in [entry for entry in self.path.iterdir() if entry.is_dir()]:
                 shutil.rmtree(folder)
-            for name in (_JOURNAL, ALLOCATION, _JOB, _LOCK):
+            for name in (ALLOCATION, _JOURNAL, _JOB, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path)
         self._unlock()

@@ -189,7 +189,7 @@ class HessianDirectory:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What tells these Hessians from others: the hash of ``calibration.json``, which has those of the layers.
+        """What tells these Hessians from others: the hash of ``calibration.json``, which has the layers'.
 
         Raises:
             CheckpointError: it is missing.

@@ -1,7 +1,7 @@
 """Kills a process that is none: from one operation of the disk on, every further one fails.
 
-What a kill leaves behind is what the disk has at that moment: nobody cleans up. So the fault is no ``Exception``,
-and what catches it all the same (a context that is left) finds the disk gone.
+What a kill leaves behind is what the disk has at that moment: nobody cleans up. So the fault is no
+``Exception``, and what catches it all the same (a context that is left) finds the disk gone.
 """
 
 from __future__ import annotations

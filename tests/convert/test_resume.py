@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 
 from ernieq.convert import snapshots
-from ernieq.convert.recipe import TuneSettings
 from ernieq.errors import OutputExistsError
 from tests.convert.conversions import convert, file_hashes, quick_recipe, write_words
 from tests.convert.faults import Disk, KilledError
