@@ -2,9 +2,10 @@
 
     python benchmarks/kill_points.py --kills 200 --out FILE
 
-A conversion of the bundled model is started again and again with the same command and killed with SIGKILL after a
-random time, until it gets to its end before the time is over. Every process is a fork of this one, which has
-imported everything and computed nothing: what is measured of a resumed run is its own work.
+A conversion of the bundled model is started again and again with the same command and killed with SIGKILL after
+a random time, until it gets to its end before the time is over. Every process is a fork of this one, which has
+done a whole conversion before: what is measured of a resumed run is its own work and no imports. A process that
+forks must have no threads, so all is done with one.
 
 Compared are all files but ``ernieq.json`` byte by byte, and that without its time and duration.
 """
@@ -27,11 +28,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from machine import describe_machine, write_result
 
 from ernieq.cli import main as ernieq_main
-from ernieq.cli import quantize as _quantize  # noqa: F401 - imported before the processes are forked
 from ernieq.convert import Staging, groups, job
 from ernieq.convert.journal import Journal
 from ernieq.convert.snapshots import Snapshots
@@ -39,8 +40,21 @@ from ernieq.convert.staging import staging_path
 from ernieq.convert.unit_store import Unit
 from ernieq.trellis import EncodedMatrix
 
-QUICK = ["--bits", "2", "--state-bits", "12", "--windows", "4", "--window", "512", "--device", "cpu"]
-FULL = ["--bits", "2", "--windows", "8", "--device", "cpu"]
+QUICK = [
+    "--bits",
+    "2",
+    "--state-bits",
+    "12",
+    "--windows",
+    "2",
+    "--window",
+    "256",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
+FULL = ["--bits", "2", "--windows", "8", "--device", "cpu", "--threads", "1"]
 _FIRST, _KEPT = "first-encoding", "journal-at-the-end.jsonl"
 
 
@@ -68,14 +82,14 @@ class Unstored:
 
 def without_journal() -> None:
     """Let conversions of this process keep nothing."""
-    job.UnitStore = Unstored  # type: ignore[misc,assignment]
-    Snapshots.offer = lambda *_: None  # type: ignore[method-assign]
-    Journal.append = lambda *_, **__: None  # type: ignore[method-assign]
+    patch.object(job, "UnitStore", Unstored).start()
+    patch.object(Snapshots, "offer").start()
+    patch.object(Journal, "append").start()
 
 
 def watched(work: Path) -> None:
     """Note when the first matrix is encoded, and keep the journal of a conversion that gets to its end."""
-    started, genuine, remove = time.monotonic(), groups.encode_matrices, Staging.remove
+    started, genuine, remove = time.monotonic(), vars(groups)["encode_matrices"], Staging.remove
 
     @functools.wraps(genuine)
     def encode(*arguments: Any, **options: Any) -> Any:
@@ -87,8 +101,8 @@ def watched(work: Path) -> None:
         shutil.copyfile(staging.path / "journal.jsonl", work / _KEPT)
         remove(staging)
 
-    groups.encode_matrices = encode  # type: ignore[assignment]
-    Staging.remove = keep_journal  # type: ignore[method-assign]
+    patch.object(groups, "encode_matrices", encode).start()
+    patch.object(Staging, "remove", keep_journal).start()
 
 
 def forked(arguments: list[str], log: Path, prepare: Callable[[], None]) -> int:
@@ -193,36 +207,29 @@ def main() -> None:
     """Kill, resume, compare, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--longest", type=float, default=0.4, help="kill within this share of a whole run")
+    parser.add_argument("--longest", type=float, default=5.0, help="kill within so many seconds")
     parser.add_argument("--pairs", type=int, default=2, help="of conversions with and without the journal")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=25, help="begin no other conversion after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    draw, lives, until = (
-        random.Random(options.seed),
-        list[dict[str, Any]](),
-        time.monotonic() + 60 * options.minutes,
-    )
-    threads = ["--threads", str(options.threads)]
+    draw, lives = random.Random(options.seed), list[dict[str, Any]]()
+    until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         started = time.monotonic()
-        finished(
-            forked(["quantize", "--out", str(work / "whole"), *QUICK, *threads], work / "log", lambda: None),
-            None,
-        )
-        whole, wanted = time.monotonic() - started, contents(work / "whole")
+        ernieq_main(["quantize", "--out", str(work / "packed"), *QUICK], standalone_mode=False)
+        whole, wanted = time.monotonic() - started, contents(work / "packed")
+        shutil.rmtree(work / "packed")
         while sum(len(life["kills"]) for life in lives) < options.kills and time.monotonic() < until:
-            lives.append(one_life(work, [*QUICK, *threads], options.longest * whole, draw))
+            lives.append(one_life(work, QUICK, options.longest, draw))
             equal = lives[-1]["contents"] == wanted
             print(f"conversion {len(lives)}: {len(lives[-1]['kills'])} kills, equal: {equal}", flush=True)
-        cost = overhead(work, [*FULL, *threads], options.pairs) if options.pairs else None
+        cost = overhead(work, FULL, options.pairs) if options.pairs else None
     waits = [seconds for life in lives for seconds in life["resume_seconds"]]
     result = {
         "machine": describe_machine(),
-        "command": f"python benchmarks/kill_points.py --kills {options.kills} --threads {options.threads}",
+        "command": f"python benchmarks/kill_points.py --kills {options.kills}",
         "options": QUICK,
         "seconds_of_an_uninterrupted_run": whole,
         "conversions": len(lives),
