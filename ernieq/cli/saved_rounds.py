@@ -18,9 +18,9 @@ from ernieq.convert import (
     Workplace,
     differences,
     job_identity,
+    other_job,
     text_identity,
 )
-from ernieq.errors import JobDiffersError
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,7 @@ class SavedRounds:
         if run.staging is None or found is None:
             return cls(run.staging, identity, [])
         if words := differences(found["identity"], identity):
-            raise JobDiffersError(
-                f"{run.staging.path} holds the unfinished work of another conversion ({words}): "
-                "pass --restart to discard it, or choose another --out"
-            )
+            raise other_job(run.staging, words)
         return cls(run.staging, identity, found["rounds"])
 
     def begin(self, allocation: Allocation) -> None:

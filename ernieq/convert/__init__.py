@@ -5,6 +5,7 @@ from ernieq.convert.collect import calibration_record, collect_statistics, draw_
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
 from ernieq.convert.groups import LayerReport
+from ernieq.convert.hessian_job import HessianJob
 from ernieq.convert.identity import differences, job_identity, text_identity
 from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
@@ -25,8 +26,9 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
-from ernieq.convert.staging import ALLOCATION, Staging
-from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.resume import other_job
+from ernieq.convert.staging import ALLOCATION, Staging, staging_path
+from ernieq.convert.stored import SUMMARY_NAME, HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
 from ernieq.convert.workplace import Workplace
@@ -36,6 +38,7 @@ __all__ = [
     "BITS_ALLOWED",
     "KEEP",
     "PRESETS",
+    "SUMMARY_NAME",
     "Allocation",
     "Allocator",
     "CalibrationSettings",
@@ -44,6 +47,7 @@ __all__ = [
     "EncodeSettings",
     "Goal",
     "HessianDirectory",
+    "HessianJob",
     "LayerQuantizer",
     "LayerReport",
     "Listener",
@@ -70,8 +74,10 @@ __all__ = [
     "estimate_seconds",
     "job_identity",
     "make_plan",
+    "other_job",
     "parse_bytes",
     "read_recipe",
+    "staging_path",
     "stated_parts",
     "text_identity",
     "tune_model",

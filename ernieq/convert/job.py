@@ -16,22 +16,23 @@ from ernieq.checkpoint import Checkpoint, load_final_norm
 from ernieq.convert.collect import calibration_record, draw_sample
 from ernieq.convert.encoding import Encoding, JobProgress
 from ernieq.convert.groups import layer_of
-from ernieq.convert.identity import differences, digest_of, job_identity, text_identity
+from ernieq.convert.identity import digest_of, job_identity, text_identity
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output, check_place
 from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.plan import make_plan
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.rest import keep_rest, planned_coverage
+from ernieq.convert.resume import begin_job, describe_job, same_job
 from ernieq.convert.snapshots import Snapshots
-from ernieq.convert.source_hashes import SourceHashes, change_times, check_touched
+from ernieq.convert.source_hashes import SourceHashes
 from ernieq.convert.staging import Staging
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.tune import Tuned, refusal, tune_model
 from ernieq.convert.unit_store import DamagedUnitError, UnitStore
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions
-from ernieq.errors import InterruptedConversionError, JobDiffersError
+from ernieq.errors import InterruptedConversionError
 from ernieq.pack import Coverage, Manifest, PackedReader, PackedWriter, Source
 
 CPU = torch.device("cpu")
@@ -132,11 +133,9 @@ class Conversion:
         should_stop: Callable[[], bool],
     ) -> ConversionReport:
         started = time.monotonic()
-        job, same = self._job(), False
-        if staging.journal.events():
-            same = not differences((staging.job or {}).get("identity", {}), job["identity"])
+        job = self._job()
         if staging.published:
-            if same:
+            if same_job(staging, job):
                 self._listener.on_line(f"{staging.out} is finished already: removing {staging.path}")
                 return ConversionReport.from_manifest(self.plan, PackedReader(staging.out).manifest)
             staging.discard_job()
@@ -174,47 +173,19 @@ class Conversion:
                 return report
 
     def _job(self) -> dict[str, Any]:
-        """Contents of ``job.json``: what decides the bytes, and what decides the last bits of sums."""
+        """Contents of ``job.json``."""
         given = self._calibration
         text = given.identity if isinstance(given, HessianDirectory) else text_identity(given)
-        return {
-            "identity": job_identity(self._checkpoint, self._recipe, text, self._workplace),
-            "source": self._source_name,
-            "changed": change_times(self._checkpoint.shard_files()),
-            "threads": torch.get_num_threads(),
-            "experts_at_once": self._experts.size,
-            "encoding_bytes": self._options.memory_bytes,
-        }
+        identity = job_identity(self._checkpoint, self._recipe, text, self._workplace)
+        memory = self._options.memory_bytes
+        shards = self._checkpoint.shard_files()
+        return describe_job(identity, shards, experts_at_once=self._experts.size, encoding_bytes=memory)
 
     def _begin(self, staging: Staging, job: dict[str, Any]) -> None:
-        """Write ``job.json``, or go on with the job that is there.
-
-        Raises:
-            JobDiffersError: that is another one, and has finished work.
-        """
-        found = staging.job
-        if found is None or not staging.has_units:
-            staging.discard_job()
-            staging.begin(job)
-            return
-        if words := differences(found["identity"], job["identity"]):
-            raise JobDiffersError(
-                f"{staging.path} holds the unfinished work of another conversion ({words}): "
-                "pass --restart to discard it, or choose another --out"
-            )
-        say = self._listener.on_line
-        if staging.journal.damaged:
-            say(f"dropped {staging.journal.damaged} torn or damaged lines of the journal")
-        check_touched(self._checkpoint.shard_files(), found["changed"], staging.journal, say)
-        if found["threads"] != job["threads"]:
-            say(
-                f"the conversion was begun with --threads {found['threads']}: with {job['threads']} the last "
-                "bits of sums, and with them bytes of the output, may come out differently"
-            )
-        # Batches of other sizes would have other last bits.
-        self._experts.size = found["experts_at_once"]
-        self._options = dataclasses.replace(self._options, memory_bytes=found["encoding_bytes"])
-        staging.begin(found | {"changed": job["changed"]})
+        """Write ``job.json``, or go on with the job that is there: in batches of the same sizes."""
+        kept = begin_job(staging, job, self._checkpoint.shard_files(), self._listener.on_line)
+        self._experts.size = kept["experts_at_once"]
+        self._options = dataclasses.replace(self._options, memory_bytes=kept["encoding_bytes"])
 
     def _share_of(self, units: UnitStore) -> str:
         """How far the encoding is, in words."""

@@ -27,6 +27,7 @@ from ernieq.convert.journal import Journal
 from ernieq.convert.source_hashes import SOURCE
 from ernieq.errors import OutputExistsError, OutputLockedError
 from ernieq.pack import MANIFEST_NAME, REPLACED, file_sha256, storage_errors, write_durably
+from ernieq.pack.atomic import sync_directory
 
 ALLOCATION = "allocation.json"
 _LOCK, _JOB, _JOURNAL = "lock", "job.json", "journal.jsonl"
@@ -126,16 +127,32 @@ class Staging:
             path.mkdir(exist_ok=True)
         return path
 
-    def announce(self, manifest_sha256: str) -> None:
-        """Journal that the output is about to be published."""
-        self.journal.append(_PUBLISHED, manifest=manifest_sha256)
+    def announce(self, sha256: str, name: str = MANIFEST_NAME) -> None:
+        """Journal that the output, known by the hash of that file in it, is about to be published."""
+        self.journal.append(_PUBLISHED, file=name, sha256=sha256)
 
     @property
     def published(self) -> bool:
         """Whether the output is there and is the one that this job has made."""
-        announced = [event["manifest"] for event in self.journal.events(_PUBLISHED)]
-        manifest = self.out / MANIFEST_NAME
-        return bool(announced) and manifest.is_file() and file_sha256(manifest) == announced[-1]
+        for event in self.journal.events(_PUBLISHED)[-1:]:
+            file = self.out / event["file"]
+            return file.is_file() and file_sha256(file) == str(event["sha256"])
+        return False
+
+    def publish(self, folder: Path) -> None:
+        """Put a folder of this directory in the place of the output, and what was there aside.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        replaced = self.path / REPLACED
+        with storage_errors(self.out):
+            if replaced.exists():
+                shutil.rmtree(replaced)
+            if self.out.exists():
+                self.out.rename(replaced)
+            folder.rename(self.out)
+            sync_directory(self.out.parent)
 
     def remove(self) -> None:
         """Delete the directory; a process that is killed meanwhile leaves one that is known to be finished."""

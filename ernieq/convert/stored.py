@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ernieq.calibrate import (
@@ -24,11 +23,12 @@ from ernieq.calibrate import (
 )
 from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.tensor_file import TensorFile, write_tensor_file
 from ernieq.convert.unit_store import Units
 from ernieq.encode import Batches, EncodeOptions
-from ernieq.errors import CheckpointError, StorageError
+from ernieq.errors import CheckpointError
 from ernieq.model import DecoderLayer, ModelConfig
-from ernieq.pack import CalibrationRecord
+from ernieq.pack import CalibrationRecord, RawTensor, little_endian_bytes, write_durably
 
 SUMMARY_NAME = "calibration.json"
 
@@ -154,25 +154,47 @@ class HessianDirectory:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write_layer(self, index: int, statistics: LayerStatistics) -> None:
+    def write_layer(self, index: int, statistics: LayerStatistics) -> str:
         """Write one layer's Hessians.
+
+        Returns:
+            sha256 (hex) of the file.
 
         Raises:
             StorageError: the disk refuses.
         """
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            save_file({name: gram.contiguous() for name, gram in statistics.grams.items()}, self._file(index))
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"can't write {self._file(index)}: {error}") from error
+        grams = {name: gram.contiguous().numpy() for name, gram in statistics.grams.items()}
+        raw = {name: RawTensor("F32", gram.shape, little_endian_bytes(gram)) for name, gram in grams.items()}
+        return write_tensor_file(self._file(index), TensorFile(raw, {"layer": index}).chunks())
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``calibration.json`` last, so that a directory without it is known to be unfinished."""
+    def write_summary(self, summary: Mapping[str, Any]) -> str:
+        """Write ``calibration.json`` last, so that a directory without it is known to be unfinished.
+
+        Returns:
+            sha256 (hex) of the file.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        raw = (json.dumps(summary, indent=1) + "\n").encode("utf-8")
+        write_durably(self._path / SUMMARY_NAME, [raw])
+        return hashlib.sha256(raw).hexdigest()
+
+    def read_summary(self) -> dict[str, Any]:
+        """The contents of ``calibration.json``.
+
+        Raises:
+            CheckpointError: it is missing or not JSON.
+        """
         try:
-            text = json.dumps(summary, indent=1) + "\n"
-            (self._path / SUMMARY_NAME).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"can't write {self._path / SUMMARY_NAME}: {error.strerror}") from error
+            summary: dict[str, Any] = json.loads((self._path / SUMMARY_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(self._unfinished) from error
+        return summary
+
+    def has_layer(self, index: int) -> bool:
+        """Whether there is a file of that layer."""
+        return self._file(index).is_file()
 
     @property
     def record(self) -> CalibrationRecord:
@@ -182,9 +204,8 @@ class HessianDirectory:
             CheckpointError: it is missing or not JSON.
         """
         try:
-            summary = json.loads((self._path / SUMMARY_NAME).read_text(encoding="utf-8"))
-            return CalibrationRecord(**summary["calibration"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return CalibrationRecord(**self.read_summary()["calibration"])
+        except (TypeError, KeyError) as error:
             raise CheckpointError(self._unfinished) from error
 
     @property
