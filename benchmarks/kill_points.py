@@ -4,9 +4,9 @@
 
 A conversion of the bundled model is started again and again with the same command and killed with SIGKILL after
 a random time, counted from its start or from the first matrix that it encodes, until it gets to its end before
-the time is over. Every process is a fork of this one, which has done a whole conversion before: what is measured
-of a resumed run is its own work and no imports. A process that forks must have no threads, so all is done with
-one.
+the time is over. Every process is a fork of this one, which has done a whole conversion before: what is
+measured of a resumed run is its own work and no imports. A process that forks must have no threads, so all is
+done with one.
 
 Compared are all files but ``ernieq.json`` byte by byte, and that without its time and duration.
 """
