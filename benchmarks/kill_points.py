@@ -85,7 +85,7 @@ class Unstored:
 def without_journal() -> None:
     """Let conversions of this process keep nothing."""
     patch.object(job, "UnitStore", Unstored).start()
-    patch.object(Snapshots, "offer").start()
+    patch.object(Snapshots, "save").start()
     patch.object(Journal, "append").start()
 
 

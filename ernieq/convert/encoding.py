@@ -152,8 +152,9 @@ class Encoding:
         for index, layer in self._layers(first):
             self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
             del layer
-            self._progress.queue.wait()  # a snapshot stands for units that are journalled
-            self._progress.snapshots.offer(index + 1, streams)
+            if self._progress.snapshots.due:
+                self._progress.queue.wait()
+                self._progress.snapshots.save(index + 1, streams)
             self._progress.check_stop()
         if not config.tie_word_embeddings:
             norm = load_final_norm(self._checkpoint).to(streams.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ernieq.calibrate import CalibrationSample, LayerStatistics, Streams
@@ -67,12 +67,14 @@ class HessianJob:
         """
         shards = self.checkpoint.shard_files()
         identity = job_identity(self.checkpoint, self.recipe, self.texts, self.workplace)
-        job = describe_job({"kind": {"of work": "calibration"}, **identity}, shards)
+        vram = self.workplace.vram_bytes
+        job = describe_job({"kind": {"of work": "calibration"}, **identity}, shards, vram_bytes=vram)
         if self.staging.published and same_job(self.staging, job):
             return HessianDirectory(self.staging.out).read_summary()
-        begin_job(self.staging, job, shards, self.on_line)
+        kept = begin_job(self.staging, job, shards, self.on_line)
+        workplace = replace(self.workplace, vram_bytes=kept["vram_bytes"])
         folder = self.staging.folder(_HESSIANS)
-        self._missing_layers(HessianDirectory(folder), sample, on_layer, on_notice)
+        self._missing_layers(HessianDirectory(folder), sample, workplace, on_layer, on_notice)
         layers = self._finished()
         facts = summary([layers[index] for index in sorted(layers)])
         self.staging.announce(HessianDirectory(folder).write_summary(facts), SUMMARY_NAME)
@@ -83,6 +85,7 @@ class HessianJob:
         self,
         directory: HessianDirectory,
         sample: CalibrationSample,
+        workplace: Workplace,
         on_layer: Callable[[int], None],
         on_notice: Callable[[str], None],
     ) -> None:
@@ -107,16 +110,15 @@ class HessianJob:
             on_layer(index)
 
         def on_streams(index: int, streams: Streams) -> None:
-            snapshots.offer(index, streams)
+            if snapshots.due:
+                snapshots.save(index, streams)
             if self.should_stop():
                 raise InterruptedConversionError(
                     f"stopped: {index} of {count} layers are finished, kept in {self.staging.path}"
                 )
 
         shrinkage = self.recipe.encode.shrinkage
-        collect_statistics(
-            self.checkpoint, sample, shrinkage, keep, self.workplace, on_notice, begin, on_streams
-        )
+        collect_statistics(self.checkpoint, sample, shrinkage, keep, workplace, on_notice, begin, on_streams)
 
     def _finished(self) -> dict[int, dict[str, Any]]:
         """Journalled layers by number."""

@@ -177,15 +177,20 @@ class Conversion:
         given = self._calibration
         text = given.identity if isinstance(given, HessianDirectory) else text_identity(given)
         identity = job_identity(self._checkpoint, self._recipe, text, self._workplace)
-        memory = self._options.memory_bytes
-        shards = self._checkpoint.shard_files()
-        return describe_job(identity, shards, experts_at_once=self._experts.size, encoding_bytes=memory)
+        return describe_job(
+            identity,
+            self._checkpoint.shard_files(),
+            experts_at_once=self._experts.size,
+            encoding_bytes=self._options.memory_bytes,
+            vram_bytes=self._workplace.vram_bytes,
+        )
 
     def _begin(self, staging: Staging, job: dict[str, Any]) -> None:
         """Write ``job.json``, or go on with the job that is there: in batches of the same sizes."""
         kept = begin_job(staging, job, self._checkpoint.shard_files(), self._listener.on_line)
         self._experts.size = kept["experts_at_once"]
         self._options = dataclasses.replace(self._options, memory_bytes=kept["encoding_bytes"])
+        self._workplace = dataclasses.replace(self._workplace, vram_bytes=kept["vram_bytes"])
 
     def _share_of(self, units: UnitStore) -> str:
         """How far the encoding is, in words."""

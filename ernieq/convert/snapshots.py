@@ -31,7 +31,7 @@ class Snapshots:
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self._folder, self._journal = folder, journal
-        self._due = 0.0  # on the monotonic clock
+        self._next = 0.0  # on the monotonic clock
 
     def last(self, before: int) -> tuple[int, Streams] | None:
         """The last whole snapshot before that layer or an earlier one: which layer it is, and the streams."""
@@ -41,15 +41,18 @@ class Snapshots:
                 return event["layer"], Streams(_tensor(file, "reference"), _tensor(file, "quantized"))
         return None
 
-    def offer(self, layer: int, streams: Streams) -> None:
-        """Save the streams before a layer if the last time is long enough ago.
+    @property
+    def due(self) -> bool:
+        """Whether the last one is long enough ago."""
+        return time.monotonic() >= self._next
+
+    def save(self, layer: int, streams: Streams) -> None:
+        """Save the streams before a layer; all units before it must have been journalled.
 
         Raises:
             StorageError: the disk refuses.
         """
         started = time.monotonic()
-        if started < self._due:
-            return
         streams.wait()
         raw = {"reference": _raw(streams.reference), "quantized": _raw(streams.quantized)}
         path = self._folder / f"streams-{layer:05d}.safetensors"
@@ -59,7 +62,7 @@ class Snapshots:
             if older != path:
                 older.unlink()
         now = time.monotonic()
-        self._due = now + PATIENCE * (now - started)
+        self._next = now + PATIENCE * (now - started)
 
 
 def _raw(stream: Tensor) -> RawTensor:

@@ -65,8 +65,8 @@ def test_a_signal_ends_with_75_and_the_command_that_goes_on(
     sentence = stopped.stderr.splitlines()[-1]
     assert sentence.startswith("Interrupted: stopped: ")
     assert "% of the weights are encoded" in sentence
-    assert sentence.endswith(f"go on with: ernieq quantize {source} --out {out} --text {source.parent}/words.txt "
-                             + " ".join([*CODE, *SAMPLE]))  # fmt: skip
+    given = [source, "--out", out, "--text", source.parent / "words.txt", *CODE, *SAMPLE]
+    assert sentence.endswith(f"go on with: ernieq quantize {' '.join(map(str, given))}")
     assert signal.getsignal(number) is before
     assert not out.exists()
     resumed = quantize(source, out)
