@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ from ernieq.errors import InterruptedConversionError
 from ernieq.pack import Coverage, Manifest, PackedReader, PackedWriter, Source
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Arguments of ``Conversion.run``, and when it was called (monotonic seconds)."""
+
+    staging: Staging
+    overwrite: bool
+    card: Callable[[ConversionReport], str]
+    should_stop: Callable[[], bool]
+    started: float
 
 
 class Conversion:
@@ -117,60 +129,51 @@ class Conversion:
             OutputLockedError: another process is converting to the same output.
             ErnieqError: anything from the tree; the input is untouched, and no output is there.
         """
+        started = time.monotonic()
         if staging is not None:
-            return self._run(staging, overwrite, card, should_stop)
+            return self._run(_Order(staging, overwrite, card, should_stop, started))
         check_place(self._checkpoint, out, overwrite=overwrite)
         with Staging(out) as own:
-            report = self._run(own, overwrite, card, should_stop)
+            report = self._run(_Order(own, overwrite, card, should_stop, started))
             own.remove()
         return report
 
-    def _run(
-        self,
-        staging: Staging,
-        overwrite: bool,
-        card: Callable[[ConversionReport], str],
-        should_stop: Callable[[], bool],
-    ) -> ConversionReport:
-        started = time.monotonic()
-        job = self._job()
+    def _run(self, order: _Order) -> ConversionReport:
+        staging, job = order.staging, self._job()
         if staging.published:
             if same_job(staging, job):
                 self._listener.on_line(f"{staging.out} is finished already: removing {staging.path}")
                 return ConversionReport.from_manifest(self.plan, PackedReader(staging.out).manifest)
             staging.discard_job()
-        check_output(self._checkpoint, staging.out, self.plan, overwrite=overwrite, staging=staging.path)
+        check_output(self._checkpoint, staging.out, self.plan, overwrite=order.overwrite, staging=staging.path)
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         self._begin(staging, job)
-        sample = self._sample()
-
-        def check_stop() -> None:
-            if should_stop():
-                raise InterruptedConversionError(f"stopped: {self._share_of(units)}, kept in {staging.path}")
-
-        shards = self._checkpoint.shard_files()
+        sample, shards = self._sample(), self._checkpoint.shard_files()
         with torch.no_grad(), SourceHashes(shards, staging.journal) as hashes, BackgroundQueue() as queue:
-            units = UnitStore(
-                staging.folder("units"),
-                staging.journal,
-                digest_of(job["identity"]),
-                queue,
-                self._listener.on_line,
-                check_stop,
-            )
-            if units.modules:
-                self._listener.on_line(f"resuming from {staging.path}: {self._share_of(units)}")
-            snapshots = Snapshots(staging.folder("state"), staging.journal)
-            progress = JobProgress(staging.journal, units, snapshots, queue, check_stop)
+            progress = self._progress(order, digest_of(job["identity"]), queue)
             before: int | None = None
             while True:
                 report = self._encode(sample, progress, before)
                 try:
-                    self._write(report, sample, progress, hashes, staging, overwrite, card, started)
+                    self._write(order, report, sample, progress, hashes)
                 except DamagedUnitError as damage:  # it was whole when it was written: the disk has lost it
                     before = layer_of(damage.module)
                     continue
                 return report
+
+    def _progress(self, order: _Order, job: str, queue: BackgroundQueue) -> JobProgress:
+        """What is finished already, which the user is told, and where the rest will be kept."""
+        staging, say = order.staging, self._listener.on_line
+
+        def check_stop() -> None:
+            if order.should_stop():
+                raise InterruptedConversionError(f"stopped: {self._share_of(units)}, kept in {staging.path}")
+
+        units = UnitStore(staging.folder("units"), staging.journal, job, queue, say, check_stop)
+        if units.modules:
+            say(f"resuming from {staging.path}: {self._share_of(units)}")
+        snapshots = Snapshots(staging.folder("state"), staging.journal)
+        return JobProgress(staging.journal, units, snapshots, queue, check_stop)
 
     def _job(self) -> dict[str, Any]:
         """Contents of ``job.json``."""
@@ -237,33 +240,30 @@ class Conversion:
 
     def _write(
         self,
+        order: _Order,
         report: ConversionReport,
         sample: CalibrationSample | None,
         progress: JobProgress,
         hashes: SourceHashes,
-        staging: Staging,
-        overwrite: bool,
-        card: Callable[[ConversionReport], str],
-        started: float,
     ) -> None:
         """Tune, put the output together, verify and publish it.
 
         Raises:
             DamagedUnitError: a unit has to be encoded again.
         """
-        tuned = self._tuned(report, sample, progress)
+        staging, tuned = order.staging, self._tuned(report, sample, progress)
         self._listener.on_phase("writing and verifying")
-        with PackedWriter(staging.out, overwrite=overwrite, staging=staging.path) as writer:
+        with PackedWriter(staging.out, overwrite=order.overwrite, staging=staging.path) as writer:
             for name in report.errors:
                 writer.add_encoded(name, tuned.matrices[name] if tuned else progress.units.matrix(name))
                 progress.check_stop()
             coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors if tuned else {})
             for path in self._checkpoint.aux_files():
                 writer.copy_file(path)
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - order.started
             manifest = self._manifest(report, coverage, hashes.result(), seconds)
             writer.finish(
-                self._checkpoint.raw_config, manifest, card=card(report), on_verified=staging.announce
+                self._checkpoint.raw_config, manifest, card=order.card(report), on_verified=staging.announce
             )
 
     def _tuned(

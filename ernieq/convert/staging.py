@@ -25,13 +25,14 @@ from typing import Any, BinaryIO, Self
 
 from ernieq.convert.journal import Journal
 from ernieq.convert.source_hashes import SOURCE
-from ernieq.errors import OutputExistsError, OutputLockedError
+from ernieq.errors import OutputExistsError, OutputLockedError, StorageError
 from ernieq.pack import MANIFEST_NAME, REPLACED, file_sha256, storage_errors, write_durably
 from ernieq.pack.atomic import sync_directory
 
 ALLOCATION = "allocation.json"
 _LOCK, _JOB, _JOURNAL = "lock", "job.json", "journal.jsonl"
 _PUBLISHED = "published"
+_LOCK_ATTEMPTS = 100  # more than one is needed only if another process ends at this moment
 
 
 def staging_path(out: Path) -> Path:
@@ -195,13 +196,12 @@ class Staging:
 
     def _locked(self) -> BinaryIO:
         """The lock file, locked: the one that the directory holds, and not one that was just removed."""
-        while True:
+        for _ in range(_LOCK_ATTEMPTS):
             self.path.mkdir(exist_ok=True)
-            file = (self.path / _LOCK).open("ab+", buffering=0)
+            file = os.fdopen(os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666), "rb+", buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
                 holder = file.read(200).decode("utf-8", errors="replace").strip() or "another process"
                 file.close()
                 raise OutputLockedError(
@@ -212,6 +212,7 @@ class Staging:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return file
             file.close()
+        raise StorageError(f"{self.path / _LOCK} can't be locked: it is replaced again and again")
 
     def _unlock(self) -> None:
         if self._lock is not None:
