@@ -37,7 +37,8 @@ class Journal:
         self._events: list[dict[str, Any]] = []
         self.damaged = 0
         with storage_errors(path):
-            self._file = path.open("ab+", buffering=0)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._file = os.fdopen(descriptor, "rb+", buffering=0)
             self._read()
 
     def append(self, event: str, **facts: Any) -> None:
