@@ -254,6 +254,7 @@ def main() -> None:
         "conversions": len(lives),
         "kills": sum(len(life["kills"]) for life in lives),
         "units_journalled_at_each_kill": [life["kills"] for life in lives],
+        "kills_with_journalled_units": sum(units > 0 for life in lives for units in life["kills"]),
         "lost_units": sum(life["lost_units"] for life in lives),
         "byte_equal": sum(life["contents"] == wanted for life in lives),
         "resume_seconds_until_encoding": {
