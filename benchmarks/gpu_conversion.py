@@ -27,7 +27,9 @@ import ernieq
 from ernieq.calibrate import AttentionPass, MlpPass, Streams, collect_layer, narrow_layer
 from ernieq.checkpoint import Checkpoint, load_layer
 from ernieq.convert import LayerQuantizer, Workplace, default_recipe
-from ernieq.convert.overlap import BackgroundSink
+from ernieq.convert.journal import Journal
+from ernieq.convert.overlap import BackgroundQueue
+from ernieq.convert.unit_store import UnitStore
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
 from ernieq.model import DecoderLayer, Rotary
 from ernieq.pack import Manifest, PackedWriter, Source
@@ -155,9 +157,14 @@ def quantize(
 
     def work() -> None:
         with PackedWriter(out) as writer:
-            with BackgroundSink(writer) as sink:
-                quantizer = LayerQuantizer(config, recipe, options, sink, weights.append, batches)
+            with tempfile.TemporaryDirectory(dir=out.parent) as folder, BackgroundQueue() as queue:
+                journal = Journal(Path(folder) / "journal.jsonl")
+                units = UnitStore(Path(folder), journal, "synthetic", queue)
+                quantizer = LayerQuantizer(config, recipe, options, units, weights.append, batches)
                 report = quantizer.run(LAYER, placed_layer(checkpoint, place), streams, rotary)
+                queue.wait()
+                for name in units.used:
+                    writer.add_encoded(name, units.matrix(name))
             source = Source("synthetic", None, {})
             writer.finish(
                 checkpoint.raw_config, Manifest(ernieq.__version__, source, recipe.to_dict(), recipe.seed)

@@ -56,6 +56,14 @@ class OutputExistsError(UsageError):
     """The output path exists and ``--overwrite`` was not given."""
 
 
+class OutputLockedError(UsageError):
+    """Another process is writing the output."""
+
+
+class JobDiffersError(UsageError):
+    """The unfinished work beside the output is that of another recipe, source, text or program."""
+
+
 class StorageError(ErnieqError):
     """The disk is full, read-only or not permitted."""
 
@@ -76,3 +84,9 @@ class BackendUnavailableError(ErnieqError):
     """The requested backend or instruction set can't run on this machine."""
 
     exit_code = 7
+
+
+class InterruptedConversionError(ErnieqError):
+    """A conversion was asked to stop, and has saved all finished work; the same call goes on with it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h

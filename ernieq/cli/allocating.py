@@ -11,6 +11,7 @@ from torch import Tensor
 from ernieq.calibrate import CalibrationSample, TextFile
 from ernieq.checkpoint import Checkpoint
 from ernieq.cli.conversion_run import ConversionRun
+from ernieq.cli.saved_rounds import SavedRounds
 from ernieq.convert import (
     Allocation,
     Allocator,
@@ -40,6 +41,7 @@ class Allocated:
     allocation: Allocation
     allocator: Allocator
     held_out: Tensor | None
+    saved: SavedRounds
 
 
 def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequence[Part]) -> Allocated:
@@ -52,6 +54,7 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
     """
     assert not isinstance(run.calibration, HessianDirectory), "chosen_target() refuses them"
     checkpoint, progress = run.checkpoint, run.progress
+    saved = SavedRounds.of(run, recipe, target, pinned)
     held_out: Tensor | None = None
     if target.goal is Goal.DIVERGENCE:
         sample, held_out = hold_out(checkpoint, run.calibration, recipe)
@@ -59,6 +62,11 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
         recipe = replace(recipe, calibration=shorter)
     else:
         sample = draw_sample(checkpoint, run.calibration, recipe)
+
+    def on_layer(what: str, done: int, total: int) -> None:
+        progress.update(f"measuring: {what}", done, total)
+        run.check_stop()
+
     allocator = Allocator(
         checkpoint,
         recipe,
@@ -67,9 +75,12 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
         sample,
         Workplace.on(run.device, run.vram_bytes),
         progress.line,
-        lambda what, done, total: progress.update(f"measuring: {what}", done, total),
+        on_layer,
     )
     allocator.check(target)
+    if saved.rounds:
+        progress.line("bits were chosen by an earlier run: they are taken from there")
+        return Allocated(allocator.recalled(target, saved.rounds[-1]), allocator, held_out, saved)
     check_preflight(
         checkpoint,
         allocator.lightest,
@@ -80,7 +91,9 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
     )
     layers = checkpoint.config.num_hidden_layers
     progress.line(f"measuring what errors cost in {allocator.unit_count} parts of the model ({layers} layers)")
-    return Allocated(allocator.allocate(target), allocator, held_out)
+    allocation = allocator.allocate(target)
+    saved.begin(allocation)
+    return Allocated(allocation, allocator, held_out, saved)
 
 
 def hold_out(
@@ -105,12 +118,15 @@ def hold_out(
 def convert_in_rounds(run: ConversionRun, allocated: Allocated) -> tuple[ConversionReport, float]:
     """Convert until the KL on the held-out windows is within the bound, at most three times.
 
+    A run that was interrupted goes on within its round: rounds before it are neither converted nor measured
+    again.
+
     Returns:
         Report of the last conversion, and the KL that was reached.
     """
     allocation, target, allocator = allocated.allocation, allocated.allocation.target, allocated.allocator
     assert allocated.held_out is not None
-    for number in range(1, MAX_ROUNDS + 1):
+    for number in range(max(1, len(allocated.saved.rounds)), MAX_ROUNDS + 1):
         report = run.convert(allocation.recipe, allocation, again=number > 1)
         found = measured_divergence(run, allocated.held_out)
         run.progress.line(
@@ -126,6 +142,7 @@ def convert_in_rounds(run: ConversionRun, allocated: Allocated) -> tuple[Convers
         if following.rates == allocation.rates:
             break
         allocation = following
+        allocated.saved.begin(allocation)
     run.progress.warn(
         f"{target.option} {target.amount:g} is not held: the KL that was reached is "
         f"{format_significant(found)}; ask for a smaller one to get a larger file"

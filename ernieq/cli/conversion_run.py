@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from ernieq.convert import (
     LayerReport,
     Listener,
     Recipe,
+    Staging,
 )
 from ernieq.encode import EncodeOptions
+from ernieq.errors import InterruptedConversionError
 from ernieq.report import model_card
 
 
@@ -39,6 +41,8 @@ class ConversionRun:
         device: the CPU, or a GPU.
         vram_bytes: GPU memory that may be used.
         progress: where the user is told.
+        staging: keeps finished work; None for a dry run, which converts nothing.
+        should_stop: whether the user has asked to stop.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +54,17 @@ class ConversionRun:
     device: torch.device
     vram_bytes: int | None
     progress: ProgressReport
+    staging: Staging | None
+    should_stop: Callable[[], bool]
+
+    def check_stop(self) -> None:
+        """Stop between two steps of work that is not saved.
+
+        Raises:
+            InterruptedConversionError: the user has asked for it.
+        """
+        if self.should_stop():
+            raise InterruptedConversionError(f"stopped before anything of {self.out} was encoded")
 
     def conversion(self, recipe: Recipe, allocation: Allocation | None = None) -> Conversion:
         """A conversion by a recipe, or by the one of an allocation, which the manifest then tells of."""
@@ -73,7 +88,11 @@ class ConversionRun:
         self.progress.update("encoding", 0, conversion.plan.encoded_weights)
         used = recipe if allocation is None else allocation.recipe
         return conversion.run(
-            self.out, overwrite=self.overwrite or again, card=lambda report: self._card(used, report)
+            self.out,
+            overwrite=self.overwrite or again,
+            card=lambda report: self._card(used, report),
+            staging=self.staging,
+            should_stop=self.should_stop,
         )
 
     def file_bytes(self) -> int:
@@ -107,4 +126,6 @@ class ConversionRun:
         def on_tuning_step(done: int, steps: int) -> None:
             self.progress.describe(f"tuning: step {done} of {steps}")
 
-        return Listener(self.progress.describe, self.progress.advance, on_layer, on_tuning_step)
+        return Listener(
+            self.progress.describe, self.progress.advance, on_layer, on_tuning_step, self.progress.line
+        )

@@ -13,9 +13,10 @@ import click
 from click.shell_completion import CompletionItem
 
 from ernieq.cli.verbosity import verbosity_options
-from ernieq.errors import ErnieqError, StorageError
+from ernieq.errors import ErnieqError, InterruptedConversionError, StorageError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
+ARGUMENTS = "ernieq.arguments"  # under which the context keeps the words of the command line
 INTERNAL_ERROR_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 
 _STORAGE_ERRNOS = {
@@ -59,6 +60,11 @@ class ErnieqGroup(click.Group):
         super().__init__(*args, **kwargs)
         self.sections = sections
         self.params += verbosity_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words of the command line: one that is interrupted says how to go on."""
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """All command names, in the order of the help."""
@@ -123,6 +129,8 @@ def failures_as_sentences(ctx: click.Context, *, debug: bool) -> Iterator[None]:
 def _sentence(error: BaseException) -> tuple[str, int]:
     """What to say about an error, and the exit code that goes with it."""
     match error:
+        case InterruptedConversionError():
+            return f"Interrupted: {error}", error.exit_code
         case ErnieqError():
             return f"Error: {error}", error.exit_code
         case KeyboardInterrupt():

@@ -22,10 +22,12 @@ from ernieq.cli.shared import (
     overwrite_option,
     print_json,
     progress_report,
+    restart_option,
     threads_option,
     vram_option,
 )
-from ernieq.convert import Recipe, apply_overrides, default_recipe
+from ernieq.cli.stopping import stopping_gently
+from ernieq.convert import Recipe, Staging, apply_overrides, check_place, default_recipe
 from ernieq.convert.plain_copy import write_plain
 from ernieq.encode import EncodeOptions
 from ernieq.errors import UsageError
@@ -79,6 +81,7 @@ _AUTO = "auto"
 @device_option
 @vram_option
 @overwrite_option
+@restart_option
 @json_option
 def command(
     source: str,
@@ -95,6 +98,7 @@ def command(
     device: torch.device,
     vram: float | None,
     overwrite: bool,
+    restart: bool,
     as_json: bool,
 ) -> None:
     """Read SOURCE, a WINT2 checkpoint of FastDeploy, into one that PyTorch can read.
@@ -121,11 +125,24 @@ def command(
             return
         device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
         options = EncodeOptions(backend=backend, threads=threads)
-        run = ConversionRun(
-            checkpoint, source, out, overwrite, read_texts(texts), options, device, vram_bytes, progress
-        )
+        check_place(checkpoint, out, overwrite=overwrite)
         started = time.monotonic()
-        report = run.convert(recipe)
+        with Staging(out, restart=restart) as staging, stopping_gently() as should_stop:
+            run = ConversionRun(
+                checkpoint,
+                source,
+                out,
+                overwrite,
+                read_texts(texts),
+                options,
+                device,
+                vram_bytes,
+                progress,
+                staging,
+                should_stop,
+            )
+            report = run.convert(recipe)
+            staging.remove()
     print_result(run, report, time.monotonic() - started, None, as_json=as_json)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from ernieq.cli.shared import (
     json_option,
     overwrite_option,
     progress_report,
+    restart_option,
     seed_option,
     source_checkpoint,
     threads_option,
     vram_option,
 )
+from ernieq.cli.stopping import stopping_gently
 from ernieq.convert import (
     PRESETS,
     HessianDirectory,
@@ -39,7 +42,10 @@ from ernieq.convert import (
     PresetName,
     Recipe,
     SourceScan,
+    Staging,
     apply_overrides,
+    check_place,
+    check_writable,
     default_recipe,
     read_recipe,
     stated_parts,
@@ -140,6 +146,7 @@ def _part_options(function: Any) -> Any:
 @device_option
 @vram_option
 @overwrite_option
+@restart_option
 @json_option
 def command(
     model: str | None,
@@ -155,6 +162,7 @@ def command(
     device: torch.device,
     vram: float | None,
     overwrite: bool,
+    restart: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -163,6 +171,8 @@ def command(
     Say --bits, or one target: --target-size, --target-decoder-size, --target-bpw or --max-kl. For a target the
     model is measured first, and every part of every layer gets the bits that its errors call for; parts whose
     bits you state keep them.
+
+    A run that was interrupted in any way is resumed by the same command: finished work is kept in OUT.partial.
 
     Bits of a part can be 1.5 to 6 in halves, 7, 8, or 16 to keep the numbers of the source.
 
@@ -178,20 +188,33 @@ def command(
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     target = chosen_target(settings, bits, hessians)
     recipe = _recipe(bits, recipe_file, settings)
-    with (
-        progress_report(f"opening {name}", unit="weights") as progress,
-        source_checkpoint(name, revision, headers_only=dry_run and target is None) as checkpoint,
-    ):
+    with progress_report(f"opening {name}", unit="weights") as progress, ExitStack() as stack:
+        checkpoint = stack.enter_context(
+            source_checkpoint(name, revision, headers_only=dry_run and target is None)
+        )
         label = f"{recipe.bits:g}bit" if target is None else target.label
         out = out or Path(f"{Path(name.removeprefix(BUNDLED_PREFIX)).name}-{label}")
         options = EncodeOptions(backend=backend, threads=threads)
         device, vram_bytes = settle_conversion(device, vram, backend, quiet=as_json)
+        check_place(checkpoint, out, overwrite=overwrite or dry_run)
+        check_writable(out.resolve())
+        staging = None if dry_run else stack.enter_context(Staging(out, restart=restart))
         if not dry_run:
             wanted = _wants_own_text(settings, given=bool(texts or hessians))
             texts += own_text(checkpoint.directory, out, recipe, device, progress, wanted=wanted)
         calibration = _calibration(texts, hessians, settings)
         run = ConversionRun(
-            checkpoint, name, out, overwrite, calibration, options, device, vram_bytes, progress
+            checkpoint,
+            name,
+            out,
+            overwrite,
+            calibration,
+            options,
+            device,
+            vram_bytes,
+            progress,
+            staging,
+            stack.enter_context(stopping_gently()),
         )
         scan = SourceScan(checkpoint)
         started = time.monotonic()
@@ -209,6 +232,8 @@ def command(
             report, kl = convert_in_rounds(run, allocated)
         else:
             report = run.convert(recipe, allocation)
+        if staging is not None:
+            staging.remove()
         seconds = time.monotonic() - started
         if report.tuning is not None:
             progress.line(tuning_sentence(report.tuning))

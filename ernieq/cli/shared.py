@@ -119,6 +119,12 @@ def overwrite_option(function: Function) -> Function:
     return click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")(function)
 
 
+def restart_option(function: Function) -> Function:
+    """Add ``--restart``; the command receives ``restart: bool``."""
+    words = "Begin anew in place of going on with what an interrupted run has left in OUT.partial."
+    return click.option("--restart", is_flag=True, help=words)(function)
+
+
 def seed_option(function: Function) -> Function:
     """Add ``--seed``; the command receives ``seed: int``, 0 unless said otherwise."""
     return click.option(

@@ -6,10 +6,12 @@ from ernieq.convert.collect import calibration_record, collect_statistics, draw_
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.estimate import estimate_seconds
 from ernieq.convert.groups import LayerReport
+from ernieq.convert.hessian_job import HessianJob
+from ernieq.convert.identity import differences, job_identity, text_identity
 from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
-from ernieq.convert.output import check_output
+from ernieq.convert.output import check_output, check_place
 from ernieq.convert.plan import PartPlan, Plan, make_plan
 from ernieq.convert.preflight import audited_plan, check_preflight, sample_tokens, staged_bytes
 from ernieq.convert.presets import PRESETS, Preset, PresetName
@@ -27,16 +29,20 @@ from ernieq.convert.recipe import (
     stated_parts,
 )
 from ernieq.convert.resources import check_writable
+from ernieq.convert.resume import other_job
 from ernieq.convert.scan import SourceScan
-from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.staging import ALLOCATION, Staging, staging_path
+from ernieq.convert.stored import SUMMARY_NAME, HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
 from ernieq.convert.workplace import Workplace
 
 __all__ = [
+    "ALLOCATION",
     "BITS_ALLOWED",
     "KEEP",
     "PRESETS",
+    "SUMMARY_NAME",
     "Allocation",
     "Allocator",
     "CalibrationSettings",
@@ -45,6 +51,7 @@ __all__ = [
     "EncodeSettings",
     "Goal",
     "HessianDirectory",
+    "HessianJob",
     "LayerQuantizer",
     "LayerReport",
     "Listener",
@@ -55,6 +62,7 @@ __all__ = [
     "PresetName",
     "Recipe",
     "SourceScan",
+    "Staging",
     "Target",
     "TuneSettings",
     "Tuned",
@@ -65,18 +73,24 @@ __all__ = [
     "audited_plan",
     "calibration_record",
     "check_output",
+    "check_place",
     "check_preflight",
     "check_writable",
     "collect_statistics",
     "coverage_sentence",
     "default_recipe",
+    "differences",
     "draw_sample",
     "estimate_seconds",
+    "job_identity",
     "make_plan",
+    "other_job",
     "parse_bytes",
     "read_recipe",
     "sample_tokens",
     "staged_bytes",
+    "staging_path",
     "stated_parts",
+    "text_identity",
     "tune_model",
 ]

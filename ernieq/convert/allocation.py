@@ -59,6 +59,11 @@ class Allocation:
     even: bool
     factor: float
 
+    def record(self) -> dict[str, Any]:
+        """All of it but recipe and target, as JSON; ``Allocator.recalled`` is the inverse."""
+        names = ("predicted_kl", "rates", "sensitivities", "even", "factor")
+        return {name: getattr(self, name) for name in names}
+
     def to_json(self) -> dict[str, Any]:
         """What the manifest keeps of it."""
         return {
@@ -195,6 +200,14 @@ class Allocator:
                 unit.name: float(share) for unit, share in zip(encoded, shares, strict=True)
             }
         return self._sensitivities
+
+    def recalled(self, target: Target, facts: Mapping[str, Any]) -> Allocation:
+        """An allocation that an earlier run has made, from its ``record``; nothing is measured again."""
+        self._sensitivities = dict(facts["sensitivities"])
+        rates = dict(facts["rates"])
+        recipe = with_rates(self._recipe, self._units, rates)
+        even, factor = facts["even"], facts["factor"]
+        return Allocation(recipe, target, facts["predicted_kl"], rates, self._sensitivities, even, factor)
 
     def _perturbed(self, what: str) -> Perturbed:
         return Perturbed(

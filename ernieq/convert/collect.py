@@ -68,6 +68,8 @@ def collect_statistics(
     on_layer: Callable[[int, LayerStatistics], None],
     workplace: Workplace | None = None,
     on_notice: Callable[[str], None] = lambda _: None,
+    begin: tuple[int, Streams] | None = None,
+    on_streams: Callable[[int, Streams], None] = lambda *_: None,
 ) -> None:
     """Run the sample through the unquantized model, one layer in memory at a time.
 
@@ -78,24 +80,32 @@ def collect_statistics(
         on_layer: receives every layer's number and statistics; they are not kept.
         workplace: the device that does the work, the CPU by default.
         on_notice: receives a sentence when GPU memory has run out and less is done at a time.
+        begin: number of the first layer that is wanted, and the hidden states before it.
+        on_streams: receives the number of every next layer, and the hidden states before it.
 
     Raises:
         BackendUnavailableError: the GPU has too little memory.
     """
     place, config = workplace or Workplace.on(torch.device("cpu")), checkpoint.config
-    table = load_embedding(checkpoint).weight.data
-    dtype = stream_dtype(sample.tokens, table.shape[1])
-    hidden = nn.functional.embedding(sample.windows, table).to(dtype)
-    del table
+    first, before = begin or (0, _embedded(checkpoint, sample))
     with place.limited():
-        streams = place.place(Streams(hidden, hidden.clone()))
-        del hidden
+        streams = place.place(before)
+        del before, begin
         cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
         rotary = cosine.to(streams.device), sine.to(streams.device)
         batches = place.expert_batches(config, sample.tokens, on_notice)
-        for index, layer in enumerate(read_layers(checkpoint, place.device)):
+        for index, layer in enumerate(read_layers(checkpoint, place.device, first), first):
             if place.is_gpu:
                 narrow_layer(layer, place.device)
             on_layer(
                 index, collect_layer(config, index, layer, streams, rotary, shrinkage_strength, batches.run)
             )
+            on_streams(index + 1, streams)
+
+
+def _embedded(checkpoint: Checkpoint, sample: CalibrationSample) -> Streams:
+    """Hidden states before the first layer, the same in both streams."""
+    table = load_embedding(checkpoint).weight.data
+    dtype = stream_dtype(sample.tokens, table.shape[1])
+    hidden = nn.functional.embedding(sample.windows, table).to(dtype)
+    return Streams(hidden, hidden.clone())

@@ -1,17 +1,27 @@
-"""Encode groups of matrices, each with the Hessian of the input that they share, and hand them over."""
+"""Encode groups of matrices, each with the Hessian of the input that they share; what is there is taken."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import KEEP, Part, Recipe
-from ernieq.encode import EncodeOptions, EncodingResult, encode_batch, encode_matrices, input_signs
+from ernieq.convert.unit_store import Unit, Units
+from ernieq.encode import (
+    EncodeOptions,
+    EncodingResult,
+    decode_stack,
+    encode_batch,
+    encode_matrices,
+    input_signs,
+)
+from ernieq.errors import VerificationError
 from ernieq.model import DecoderLayer
 from ernieq.trellis import TrellisCode
 
@@ -36,6 +46,10 @@ class LayerReport:
     expert_tokens: list[int] = field(default_factory=list)
     expert_trust: list[float] = field(default_factory=list)
     output_error: float = 0.0
+
+    def note(self, encoded: Mapping[str, EncodingResult]) -> None:
+        """Note the errors of encoded matrices."""
+        self.errors |= {name: result.proxy_error for name, result in encoded.items()}
 
 
 @dataclass(frozen=True)
@@ -71,12 +85,12 @@ class _Job:
 
 
 class GroupEncoder:
-    """Encodes groups of matrices of decoder layers.
+    """Encodes groups of matrices, unless they have been encoded before.
 
     Args:
         recipe: bits and seed.
         options: how matrices are encoded.
-        sink: receives the encoded matrices.
+        units: has what was encoded before, and receives what is encoded now.
         on_weights: called with the number of weights encoded since the last call.
     """
 
@@ -84,16 +98,16 @@ class GroupEncoder:
         self,
         recipe: Recipe,
         options: EncodeOptions,
-        sink: Sink,
+        units: Units,
         on_weights: Callable[[int], None] | None = None,
     ) -> None:
         self._recipe = recipe
         self._options = options
-        self._sink = sink
+        self._units = units
         self._on_weights = on_weights
 
-    def encode(self, layer: int, groups: Sequence[Group]) -> dict[str, EncodingResult]:
-        """Encode groups of one layer; nothing is handed over yet.
+    def encode(self, layer: int | None, groups: Sequence[Group]) -> dict[str, EncodingResult]:
+        """Encode groups of one layer, or of what is outside.
 
         A single group is encoded as the device does it best; of several, those that are alike go together.
 
@@ -106,17 +120,11 @@ class GroupEncoder:
                 kinds.setdefault(job.kind, []).append(job)
         encoded: dict[str, EncodingResult] = {}
         for alike in kinds.values():
-            for results in self._encode_alike(layer, alike):
+            for results in self._taken(layer, alike) or self._encoded(layer, alike):
                 encoded |= results
         return encoded
 
-    def hand_over(self, report: LayerReport, encoded: Mapping[str, EncodingResult]) -> None:
-        """Give encoded matrices of a layer to the sink and note their errors."""
-        for name, result in encoded.items():
-            self._sink.add_encoded(full_name(report.index, name), result.encoded)
-            report.errors[name] = result.proxy_error
-
-    def _jobs(self, layer: int, group: Group) -> list[_Job]:
+    def _jobs(self, layer: int | None, group: Group) -> list[_Job]:
         by_bits: dict[float, dict[str, Tensor]] = {}
         for name, weight in group.weights.items():
             bits = self._recipe.bits_of(full_name(layer, name), group.part)
@@ -124,7 +132,49 @@ class GroupEncoder:
                 by_bits.setdefault(bits, {})[name] = weight
         return [_Job(weights, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
 
-    def _encode_alike(self, layer: int, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
+    def _taken(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]] | None:
+        """Results of jobs that are alike from units that are there; None unless all of them are."""
+        units = self._units.fetch([[full_name(layer, name) for name in job.weights] for job in jobs])
+        if units is None:
+            return None
+        results = [self._results(job, unit, len(jobs) == 1) for job, unit in zip(jobs, units, strict=True)]
+        if self._on_weights is not None:
+            self._on_weights(sum(weight.numel() for job in jobs for weight in job.weights.values()))
+        return results
+
+    def _encoded(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
+        """Encode jobs that are alike and have the units kept."""
+        results = self._encode_alike(layer, jobs)
+        units = [
+            Unit(
+                {full_name(layer, name): result.encoded for name, result in own.items()},
+                {full_name(layer, name): result.proxy_error for name, result in own.items()},
+            )
+            for own in results
+        ]
+
+        def check(written: Sequence[Unit]) -> None:
+            for job, unit, own in zip(jobs, written, results, strict=True):
+                for name, again in self._results(job, unit, len(jobs) == 1).items():
+                    if not torch.equal(again.decoded, own[name].decoded):
+                        raise VerificationError(
+                            f"{full_name(layer, name)} does not decode to the weights that its encoder meant"
+                        )
+
+        self._units.keep(units, check)
+        return results
+
+    def _results(self, job: _Job, unit: Unit, alone: bool) -> dict[str, EncodingResult]:
+        """What the encoder returned when it made this unit."""
+        worker = job.gram.device
+        home = next(iter(job.weights.values())).device if alone else worker
+        decoded = decode_stack(unit.matrices, worker, home, self._options, alone=alone)
+        return {
+            name: EncodingResult(unit.matrices[full], decoded[full], unit.errors[full])
+            for name, full in zip(job.weights, unit.matrices, strict=True)
+        }
+
+    def _encode_alike(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
         first = jobs[0]
         code = TrellisCode(first.bits, self._recipe.encode.state_bits)
         signs = self._signs(layer, first)
@@ -134,7 +184,7 @@ class GroupEncoder:
         stacks, grams = [job.weights for job in jobs], [job.gram for job in jobs]
         return encode_batch(stacks, grams, signs, code, self._options, self._on_weights)
 
-    def _signs(self, layer: int, job: _Job) -> NDArray[np.int8]:
+    def _signs(self, layer: int | None, job: _Job) -> NDArray[np.int8]:
         return input_signs(self._recipe.seed, full_name(layer, job.signs), job.gram.shape[0])
 
 
@@ -148,3 +198,9 @@ def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
 def full_name(layer: int | None, name: str) -> str:
     """Name within the model of a module of a layer, or of one outside."""
     return name if layer is None else f"model.layers.{layer}.{name}"
+
+
+def layer_of(module: str) -> int:
+    """Number of the layer that a module is in; 0 for the embedding, a number behind them all for the head."""
+    parts = module.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] else 0 if module == EMBEDDING else sys.maxsize

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import ernieq
-from ernieq.calibrate import CalibrationSample, Streams, TextFile, narrow_layer, stream_dtype
-from ernieq.checkpoint import (
-    Checkpoint,
-    load_embedding,
-    load_final_norm,
-    load_head,
-)
+from ernieq.calibrate import CalibrationSample, TextFile
+from ernieq.checkpoint import Checkpoint, load_final_norm
 from ernieq.convert.audit import audited
-from ernieq.convert.collect import calibration_record, draw_sample, head_gram
-from ernieq.convert.groups import EMBEDDING, HEAD, LayerReport
-from ernieq.convert.layer import LayerQuantizer
+from ernieq.convert.collect import calibration_record, draw_sample
+from ernieq.convert.encoding import Encoding, JobProgress
+from ernieq.convert.groups import layer_of
+from ernieq.convert.identity import digest_of, job_identity, text_identity
 from ernieq.convert.listener import ConversionReport, Listener
-from ernieq.convert.output import check_output
-from ernieq.convert.overlap import BackgroundSink, Sink, read_layers
+from ernieq.convert.output import check_output, check_place
+from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.plan import make_plan
-from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.recipe import Recipe
 from ernieq.convert.rest import keep_rest, planned_coverage
-from ernieq.convert.stored import HessianDirectory, quantize_layer_from
-from ernieq.convert.tune import HeldMatrices, refusal, tune_model
+from ernieq.convert.resume import begin_job, describe_job, same_job
+from ernieq.convert.snapshots import Snapshots
+from ernieq.convert.source_hashes import SourceHashes
+from ernieq.convert.staging import Staging
+from ernieq.convert.stored import HessianDirectory
+from ernieq.convert.tune import Tuned, refusal, tune_model
+from ernieq.convert.unit_store import DamagedUnitError, UnitStore
 from ernieq.convert.workplace import Workplace
-from ernieq.encode import EncodeOptions, encode_matrices, input_signs
-from ernieq.model import DecoderLayer, Rotary
-from ernieq.pack import Manifest, PackedWriter, Source, file_sha256
-from ernieq.trellis import TrellisCode
+from ernieq.encode import EncodeOptions
+from ernieq.errors import InterruptedConversionError
+from ernieq.pack import Coverage, Manifest, PackedReader, PackedWriter, Source
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Arguments of ``Conversion.run``, and when it was called (monotonic seconds)."""
+
+    staging: Staging
+    overwrite: bool
+    card: Callable[[ConversionReport], str]
+    should_stop: Callable[[], bool]
+    started: float
 
 
 class Conversion:
@@ -95,35 +106,100 @@ class Conversion:
         self._coverage = planned_coverage(checkpoint, self.plan.modules)
         self.untuned = self._why_untuned()
 
-    def run(self, out: Path, *, overwrite: bool, card: Callable[[ConversionReport], str]) -> ConversionReport:
-        """Convert.
+    def run(
+        self,
+        out: Path,
+        *,
+        overwrite: bool,
+        card: Callable[[ConversionReport], str],
+        staging: Staging | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> ConversionReport:
+        """Convert; what an earlier run of the same conversion has finished is taken from ``<out>.partial``.
 
         Args:
             out: directory to create.
             overwrite: whether an existing model directory may be replaced, once the new one is whole.
             card: writes the model card from the report.
+            staging: that of ``out``, if the caller has entered it; the caller then removes it too.
+            should_stop: asked after every unit of work.
 
         Raises:
-            ErnieqError: anything from the tree; the input is untouched and no output is left.
+            InterruptedConversionError: it was asked to stop; the same call goes on with what is finished.
+            JobDiffersError: ``<out>.partial`` is of another conversion.
+            OutputLockedError: another process is converting to the same output.
+            ErnieqError: anything from the tree; the input is untouched, and no output is there.
         """
         started = time.monotonic()
-        check_output(self._checkpoint, out, self.plan, overwrite=overwrite)
-        load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
-        with torch.no_grad(), PackedWriter(out, overwrite=overwrite) as writer:
-            sample = self._sample()
-            if sample is not None and self.untuned is None:
-                report = self._encode_and_tune(sample, writer)
-            else:
-                with self._workplace.limited(), BackgroundSink(writer) as sink:
-                    report = self._encode(sample, sink)
-                self._coverage = keep_rest(self._checkpoint, self._coverage, writer, {})
-                report.untuned = self.untuned or ""
-            for path in self._checkpoint.aux_files():
-                writer.copy_file(path)
-            self._listener.on_phase("writing and verifying")
-            manifest = self._manifest(report, time.monotonic() - started)
-            writer.finish(self._checkpoint.raw_config, manifest, card=card(report))
+        if staging is not None:
+            return self._run(_Order(staging, overwrite, card, should_stop, started))
+        check_place(self._checkpoint, out, overwrite=overwrite)
+        with Staging(out) as own:
+            report = self._run(_Order(own, overwrite, card, should_stop, started))
+            own.remove()
         return report
+
+    def _run(self, order: _Order) -> ConversionReport:
+        staging, job = order.staging, self._job()
+        if staging.published:
+            if same_job(staging, job):
+                self._listener.on_line(f"{staging.out} is finished already: removing {staging.path}")
+                return ConversionReport.from_manifest(self.plan, PackedReader(staging.out).manifest)
+            staging.discard_job()
+        check_output(self._checkpoint, staging.out, self.plan, overwrite=order.overwrite, staging=staging.path)
+        load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
+        self._begin(staging, job)
+        sample, shards = self._sample(), self._checkpoint.shard_files()
+        with torch.no_grad(), SourceHashes(shards, staging.journal) as hashes, BackgroundQueue() as queue:
+            progress = self._progress(order, digest_of(job["identity"]), queue)
+            before: int | None = None
+            while True:
+                report = self._encode(sample, progress, before)
+                try:
+                    self._write(order, report, sample, progress, hashes)
+                except DamagedUnitError as damage:  # it was whole when it was written: the disk has lost it
+                    before = layer_of(damage.module)
+                    continue
+                return report
+
+    def _progress(self, order: _Order, job: str, queue: BackgroundQueue) -> JobProgress:
+        """What is finished already, which the user is told, and where the rest will be kept."""
+        staging, say = order.staging, self._listener.on_line
+
+        def check_stop() -> None:
+            if order.should_stop():
+                raise InterruptedConversionError(f"stopped: {self._share_of(units)}, kept in {staging.path}")
+
+        units = UnitStore(staging.folder("units"), staging.journal, job, queue, say, check_stop)
+        if units.modules:
+            say(f"resuming from {staging.path}: {self._share_of(units)}")
+        snapshots = Snapshots(staging.folder("state"), staging.journal)
+        return JobProgress(staging.journal, units, snapshots, queue, check_stop)
+
+    def _job(self) -> dict[str, Any]:
+        """Contents of ``job.json``."""
+        given = self._calibration
+        text = given.identity if isinstance(given, HessianDirectory) else text_identity(given)
+        identity = job_identity(self._checkpoint, self._recipe, text, self._workplace)
+        return describe_job(
+            identity,
+            self._checkpoint.shard_files(),
+            experts_at_once=self._experts.size,
+            encoding_bytes=self._options.memory_bytes,
+            vram_bytes=self._workplace.vram_bytes,
+        )
+
+    def _begin(self, staging: Staging, job: dict[str, Any]) -> None:
+        """Write ``job.json``, or go on with the job that is there: in batches of the same sizes."""
+        kept = begin_job(staging, job, self._checkpoint.shard_files(), self._listener.on_line)
+        self._experts.size = kept["experts_at_once"]
+        self._options = dataclasses.replace(self._options, memory_bytes=kept["encoding_bytes"])
+        self._workplace = dataclasses.replace(self._workplace, vram_bytes=kept["vram_bytes"])
+
+    def _share_of(self, units: UnitStore) -> str:
+        """How far the encoding is, in words."""
+        done = sum(self.plan.module_weights.get(module, 0) for module in units.modules)
+        return f"{100 * done / self.plan.encoded_weights:.0f} % of the weights are encoded"
 
     def _why_untuned(self) -> str | None:
         """Why scales and norms are not tuned, empty if nobody asked for it; None if they are."""
@@ -139,87 +215,78 @@ class Conversion:
             return None
         return draw_sample(self._checkpoint, self._calibration, self._recipe)
 
-    def _encode_and_tune(self, sample: CalibrationSample, writer: PackedWriter) -> ConversionReport:
-        """Encode everything, tune scales and norms, and only then hand over."""
-        held = HeldMatrices()
+    def _encode(
+        self, sample: CalibrationSample | None, progress: JobProgress, before: int | None
+    ) -> ConversionReport:
+        """Encode all matrices that are not encoded yet."""
+        encoding = Encoding(
+            self._checkpoint,
+            self._recipe,
+            self._options,
+            self._workplace,
+            self._experts,
+            self._listener,
+            progress,
+        )
         with self._workplace.limited():
-            report = self._encode(sample, held)
-            self._listener.on_phase("tuning scales and norms")
+            if sample is not None:
+                report = ConversionReport(self.plan, calibration_record(sample))
+                encoding.along(sample, report, before)
+            else:
+                assert isinstance(self._calibration, HessianDirectory)
+                report = ConversionReport(self.plan, self._calibration.record)
+                encoding.stored(self._calibration, report)
+        progress.queue.wait()
+        return report
+
+    def _write(
+        self,
+        order: _Order,
+        report: ConversionReport,
+        sample: CalibrationSample | None,
+        progress: JobProgress,
+        hashes: SourceHashes,
+    ) -> None:
+        """Tune, put the output together, verify and publish it.
+
+        Raises:
+            DamagedUnitError: a unit has to be encoded again.
+        """
+        staging, tuned = order.staging, self._tuned(report, sample, progress)
+        self._listener.on_phase("writing and verifying")
+        with PackedWriter(staging.out, overwrite=order.overwrite, staging=staging.path) as writer:
+            for name in report.errors:
+                writer.add_encoded(name, tuned.matrices[name] if tuned else progress.units.matrix(name))
+                progress.check_stop()
+            coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors if tuned else {})
+            for path in self._checkpoint.aux_files():
+                writer.copy_file(path)
+            seconds = time.monotonic() - order.started
+            manifest = self._manifest(report, coverage, hashes.result(), seconds)
+            writer.finish(
+                self._checkpoint.raw_config, manifest, card=order.card(report), on_verified=staging.announce
+            )
+
+    def _tuned(
+        self, report: ConversionReport, sample: CalibrationSample | None, progress: JobProgress
+    ) -> Tuned | None:
+        """Tune scales and norms, holding all matrices; None if they are to stay as they are."""
+        if sample is None or self.untuned is not None:
+            report.untuned = self.untuned or ""
+            return None
+        matrices = {name: progress.units.matrix(name) for name in report.errors}
+
+        def on_step(done: int, steps: int) -> None:
+            self._listener.on_tuning_step(done, steps)
+            progress.check_stop()
+
+        self._listener.on_phase("tuning scales and norms")
+        with self._workplace.limited():
             tuned = tune_model(
-                self._checkpoint,
-                held.matrices,
-                sample.windows,
-                self._recipe,
-                self._workplace,
-                self._listener.on_tuning_step,
+                self._checkpoint, matrices, sample.windows, self._recipe, self._workplace, on_step
             )
         report.tuning, report.untuned = tuned.report, tuned.untuned
-        for name, matrix in tuned.matrices.items():
-            writer.add_encoded(name, matrix)
-        self._coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors)
-        return report
-
-    def _encode(self, sample: CalibrationSample | None, sink: Sink) -> ConversionReport:
-        if sample is not None:
-            report = ConversionReport(self.plan, calibration_record(sample))
-            self._encode_along(sample, sink, report)
-            return report
-        assert isinstance(self._calibration, HessianDirectory)
-        report = ConversionReport(self.plan, self._calibration.record)
-        self._encode_from(self._calibration, sink, report)
-        return report
-
-    def _encode_along(self, sample: CalibrationSample, sink: Sink, report: ConversionReport) -> None:
-        """Encode layer by layer, each calibrated on the output of the quantized ones before it."""
-        config = self._checkpoint.config
-        streams = self._workplace.place(self._embed(sample, sink, report))
-        cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
-        rotary = cosine.to(streams.device), sine.to(streams.device)
-        quantizer = LayerQuantizer(
-            config, self._recipe, self._options, sink, self._listener.on_weights, self._experts
-        )
-        for index, layer in enumerate(self._layers()):
-            self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
-        if not config.tie_word_embeddings:
-            norm = load_final_norm(self._checkpoint).to(streams.device)
-            self._encode_head(sink, head_gram(norm, streams, streams.quantized), report)
-
-    def _encode_from(self, stored: HessianDirectory, sink: Sink, report: ConversionReport) -> None:
-        """Encode layer by layer with the Hessians of the unquantized model."""
-        config = self._checkpoint.config
-        self._encode_embedding(sink, report)
-        for index, layer in enumerate(self._layers()):
-            finished = quantize_layer_from(
-                config,
-                index,
-                layer,
-                stored.read_layer(index),
-                self._recipe,
-                self._options,
-                sink,
-                self._listener.on_weights,
-                self._experts,
-            )
-            self._finish_layer(report, finished)
-        if not config.tie_word_embeddings:
-            self._encode_head(sink, None, report)
-
-    def _layers(self) -> Iterator[DecoderLayer]:
-        """Layers where the work is done: float32 on the CPU, as stored on a GPU."""
-        layers, index = read_layers(self._checkpoint, self._workplace.device), 0
-        while True:
-            self._listener.on_phase(f"layer {index}")
-            layer = next(layers, None)
-            if layer is None:
-                return
-            yield narrow_layer(layer, self._workplace.device) if self._workplace.is_gpu else layer
-            del layer  # the largest thing in memory: not held while the next one is read
-            index += 1
-
-    def _finish_layer(self, report: ConversionReport, layer: LayerReport) -> None:
-        report.layers.append(layer)
-        report.errors |= {f"model.layers.{layer.index}.{name}": error for name, error in layer.errors.items()}
-        self._listener.on_layer(layer)
+        return tuned
 
     def _streamed_tokens(self) -> int:
         """Calibration tokens whose hidden states are held; none with stored Hessians."""
@@ -228,58 +295,15 @@ class Conversion:
             return 0
         return settings.windows * min(settings.window, self._checkpoint.config.max_position_embeddings)
 
-    def _encode_embedding(self, sink: Sink, report: ConversionReport) -> tuple[Tensor, Tensor]:
-        """Encode the embedding; returns the source's table and the decoded one."""
-        self._listener.on_phase("embedding")
-        table = load_embedding(self._checkpoint).weight.data
-        return table, self._encode_alone(sink, report, EMBEDDING, Part.EMBEDDING, table, None)
-
-    def _embed(self, sample: CalibrationSample, sink: Sink, report: ConversionReport) -> Streams:
-        """Encode the embedding and look up all calibration tokens in both tables."""
-        table, decoded = self._encode_embedding(sink, report)
-        dtype = stream_dtype(sample.tokens, table.shape[1])
-        lookups = [nn.functional.embedding(sample.windows, rows).to(dtype) for rows in (table, decoded)]
-        self._checkpoint.release()
-        return Streams(lookups[0], lookups[1])
-
-    def _encode_head(self, sink: Sink, gram: Tensor | None, report: ConversionReport) -> None:
-        self._listener.on_phase("head")
-        weight = load_head(self._checkpoint).weight.data
-        self._encode_alone(sink, report, HEAD, Part.HEAD, weight, gram)
-
-    def _encode_alone(
-        self,
-        sink: Sink,
-        report: ConversionReport,
-        module: str,
-        part: Part,
-        weight: Tensor,
-        gram: Tensor | None,
-    ) -> Tensor:
-        """Encode a matrix outside the layers, unless it is kept; returns what it decodes to."""
-        bits = self._recipe.bits_of(module, part)
-        if bits == KEEP:
-            return weight
-        width = weight.shape[1]
-        code = TrellisCode(bits, self._recipe.encode.state_bits)
-        signs = input_signs(self._recipe.seed, f"{module}.input", width)
-        gram = torch.eye(width, device=self._workplace.device) if gram is None else gram
-        result = encode_matrices({module: weight}, gram, signs, code, self._options, self._listener.on_weights)
-        sink.add_encoded(module, result[module].encoded)
-        report.errors[module] = result[module].proxy_error
-        return result[module].decoded
-
-    def _manifest(self, report: ConversionReport, seconds: float) -> Manifest:
+    def _manifest(
+        self, report: ConversionReport, coverage: Coverage, hashes: Mapping[str, str], seconds: float
+    ) -> Manifest:
         return Manifest(
             ernieq_version=ernieq.__version__,
-            source=Source(
-                self._source_name,
-                self._checkpoint.revision,
-                {path.name: file_sha256(path) for path in self._checkpoint.shard_files()},
-            ),
+            source=Source(self._source_name, self._checkpoint.revision, hashes),
             recipe=self._recipe.to_dict(),
             seed=self._recipe.seed,
             calibration=report.calibration,
-            coverage=audited(self._checkpoint, self._coverage),
+            coverage=audited(self._checkpoint, coverage),
             report=report.to_json(self._workplace, seconds) | self._allocation,
         )

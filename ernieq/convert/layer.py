@@ -23,8 +23,8 @@ from ernieq.calibrate import (
     shrunk_gram,
 )
 from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
-from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import Part, Recipe
+from ernieq.convert.unit_store import Units
 from ernieq.encode import Batches, EncodeOptions, EncodingResult, out_of_memory
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig
@@ -37,7 +37,7 @@ class LayerQuantizer:
         config: the model's configuration.
         recipe: bits and settings.
         options: how matrices are encoded.
-        sink: receives the encoded matrices.
+        units: has what was encoded before, and receives what is encoded now.
         on_weights: called with the number of weights encoded since the last call.
         experts: how many experts are worked on at once; one by one unless given.
     """
@@ -47,13 +47,13 @@ class LayerQuantizer:
         config: ModelConfig,
         recipe: Recipe,
         options: EncodeOptions,
-        sink: Sink,
+        units: Units,
         on_weights: Callable[[int], None] | None = None,
         experts: Batches | None = None,
     ) -> None:
         self._config = config
         self._recipe = recipe
-        self._encoder = GroupEncoder(recipe, options, sink, on_weights)
+        self._encoder = GroupEncoder(recipe, options, units, on_weights)
         self._expert_batches = experts or Batches(1, "experts", options.on_notice)
 
     def run(
@@ -111,7 +111,7 @@ class LayerQuantizer:
         mlp.advance(shared)
 
     def _experts(self, mlp: MlpPass, experts: Sequence[int], corrector: Tensor, prior: Tensor) -> None:
-        """Quantize a batch of experts; nothing is handed over, and no stream moves, before all are encoded."""
+        """Quantize a batch of experts; nothing is reported, and no stream moves, before all are encoded."""
         own = mlp.experts_input_moments(experts)
         tokens = [moments.tokens for moments in own]
         trust = [float(self._trust(moments)) for moments in own]
@@ -141,7 +141,7 @@ class LayerQuantizer:
         for expert in experts:
             path = f"mlp.experts.{expert}."
             done = {name: result for name, result in (first | second).items() if name.startswith(path)}
-            self._encoder.hand_over(self._report, done)
+            self._report.note(done)
             self._let_go(path)
 
     def _expert_inputs(self, expert: int, own: Moments, corrector: Tensor, prior: Tensor) -> Group:
@@ -164,9 +164,9 @@ class LayerQuantizer:
         self._encode(Group({name: weight}, part, signs, gram))
 
     def _encode(self, group: Group) -> None:
-        """Encode a group, hand it over and put it into the quantized layer."""
+        """Encode a group, report it and put it into the quantized layer."""
         encoded = self._encoder.encode(self._report.index, [group])
-        self._encoder.hand_over(self._report, encoded)
+        self._report.note(encoded)
         self._replace(encoded)
 
     def _replace(self, encoded: Mapping[str, EncodingResult]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ernieq.convert.distill import TuningReport
-from ernieq.convert.groups import LayerReport
+from ernieq.convert.groups import LayerReport, full_name
 from ernieq.convert.plan import Plan
 from ernieq.convert.workplace import Workplace
-from ernieq.pack import CalibrationRecord
+from ernieq.pack import CalibrationRecord, Manifest
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Listener:
         on_weights: weights encoded since the last call.
         on_layer: report of a finished layer.
         on_tuning_step: steps of tuning that are done, and steps in all.
+        on_line: a sentence for the user: what an earlier run has left, what is damaged.
     """
 
     on_phase: Callable[[str], None] = lambda _: None
     on_weights: Callable[[int], None] = lambda _: None
     on_layer: Callable[[LayerReport], None] = lambda _: None
     on_tuning_step: Callable[[int, int], None] = lambda *_: None
+    on_line: Callable[[str], None] = lambda _: None
 
 
 @dataclass
@@ -43,6 +45,26 @@ class ConversionReport:
     errors: dict[str, float] = field(default_factory=dict)
     tuning: TuningReport | None = None
     untuned: str = ""
+
+    def add(self, layer: LayerReport) -> None:
+        """Add a finished layer."""
+        self.layers.append(layer)
+        self.errors |= {full_name(layer.index, name): error for name, error in layer.errors.items()}
+
+    @classmethod
+    def from_manifest(cls, plan: Plan, manifest: Manifest) -> ConversionReport:
+        """The report of a conversion that is finished, from what its manifest keeps of it."""
+        assert manifest.calibration is not None, "a conversion has calibrated"
+        facts = manifest.report
+        report = cls(plan, manifest.calibration, errors=dict(facts["proxy_errors"]))
+        for layer in facts["layers"]:
+            prefix = full_name(layer["index"], "")
+            own = {name: error for name, error in report.errors.items() if name.startswith(prefix)}
+            errors = {name.removeprefix(prefix): error for name, error in own.items()}
+            report.layers.append(LayerReport(**layer, errors=errors))
+        if facts["tuning"] is not None:
+            report.tuning = TuningReport(**facts["tuning"])
+        return report
 
     def to_json(self, workplace: Workplace, seconds: float) -> dict[str, Any]:
         """What the manifest keeps of it."""

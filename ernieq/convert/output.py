@@ -7,36 +7,53 @@ from pathlib import Path
 
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.plan import Plan
+from ernieq.convert.staging import staging_path
 from ernieq.errors import OutputExistsError, StorageError
 
 _SPARE_DISK_BYTES = 50_000_000
 
 
 def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that would destroy something.
+    """Refuse an output that would destroy something, before anything is written beside it.
 
     Raises:
-        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+        OutputExistsError: the output is the input or inside it, or exists, ``overwrite`` is false, and no
+            unfinished work lies beside it.
     """
     target, source = out.resolve(), checkpoint.directory.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
-    if out.exists() and not overwrite:
+    if out.exists() and not overwrite and not staging_path(target).exists():
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
 
 
-def check_output(checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool) -> None:
+def check_output(
+    checkpoint: Checkpoint, out: Path, plan: Plan, *, overwrite: bool, staging: Path | None = None
+) -> None:
     """Refuse an output that would destroy something or can't hold the result.
 
+    Args:
+        checkpoint: the source.
+        out: directory to write.
+        plan: what will be written.
+        overwrite: whether an output may be replaced.
+        staging: where units and hidden states are kept beside the output meanwhile, if they are.
+
     Raises:
-        OutputExistsError: the output is the input or inside it, or exists and ``overwrite`` is false.
+        OutputExistsError: as ``check_place``; also for an output beside unfinished work.
         StorageError: the disk has too little space.
     """
     check_place(checkpoint, out, overwrite=overwrite)
-    place = next(parent for parent in out.resolve().parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < plan.output_bytes + _SPARE_DISK_BYTES:
+    target = out.resolve()
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
+    place = next(parent for parent in target.parents if parent.exists())
+    free, needed = shutil.disk_usage(place).free, plan.output_bytes
+    if staging is not None:
+        present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+        needed += max(0, plan.output_bytes + plan.state_bytes - present)
+    if free < needed + _SPARE_DISK_BYTES:
         raise StorageError(
             f"{place} has {free / 1e9:.2f} GB free; "
-            f"the packed checkpoint needs {plan.output_bytes / 1e9:.2f} GB"
+            f"the packed checkpoint and the work towards it need {needed / 1e9:.2f} GB"
         )

@@ -1,4 +1,4 @@
-"""Reading and writing beside the GPU's work: the next layer comes in and encoded matrices go out meanwhile."""
+"""Reading and writing beside the work: the next layer comes in and encoded units go out meanwhile."""
 
 from __future__ import annotations
 
@@ -7,41 +7,33 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 
 from ernieq.checkpoint import Checkpoint, load_layer
 from ernieq.model import DecoderLayer
-from ernieq.trellis import EncodedMatrix
 
 Loaded = TypeVar("Loaded")
 
-_QUEUED_MATRICES = 256  # of a few megabytes each
-
-
-class Sink(Protocol):
-    """Where encoded matrices go: the writer of the packed checkpoint, or a test's dictionary."""
-
-    def add_encoded(self, module_name: str, matrix: EncodedMatrix) -> None:
-        """Take one encoded matrix."""
-        ...
+_QUEUED_TASKS = 256  # each holds a unit of a few megabytes
 
 
 class ReadAhead(Generic[Loaded]):
-    """Iterator over ``load(0)``, ``load(1)``, ...; while one is worked on, a thread loads the next.
+    """Iterator over ``load(first)``, ``load(first + 1)``, ...; while one is worked on, a thread loads the next.
 
     Nothing is kept: what was handed out is the caller's alone. An error of ``load`` is raised in its turn.
 
     Args:
         load: loads by number; never called twice at once.
         count: how many there are.
+        first: number of the first that is wanted.
     """
 
-    def __init__(self, load: Callable[[int], Loaded], count: int) -> None:
+    def __init__(self, load: Callable[[int], Loaded], count: int, first: int = 0) -> None:
         self._load = load
         self._count = count
-        self._next = 0
+        self._next = first
         self._coming: Future[Loaded] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
 
@@ -69,8 +61,8 @@ class ReadAhead(Generic[Loaded]):
         return self._thread.submit(self._load, self._next)
 
 
-def read_layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[DecoderLayer]:
-    """All layers of a checkpoint in order: float32 for a CPU; for a GPU as stored, ahead, in pinned memory.
+def read_layers(checkpoint: Checkpoint, device: torch.device, first: int = 0) -> Iterator[DecoderLayer]:
+    """Layers from ``first`` on, in order: float32 for a CPU; for a GPU as stored, ahead, in pinned memory.
 
     Between two layers nobody else may read the checkpoint.
 
@@ -79,9 +71,9 @@ def read_layers(checkpoint: Checkpoint, device: torch.device) -> Iterator[Decode
     """
     count = checkpoint.config.num_hidden_layers
     if device.type == "cpu":
-        yield from (load_layer(checkpoint, index) for index in range(count))
+        yield from (load_layer(checkpoint, index) for index in range(first, count))
         return
-    ahead = ReadAhead(lambda index: _pinned(load_layer(checkpoint, index, None)), count)
+    ahead = ReadAhead(lambda index: _pinned(load_layer(checkpoint, index, None)), count, first)
     try:
         yield from ahead
     finally:
@@ -98,23 +90,21 @@ def _pinned(layer: DecoderLayer) -> DecoderLayer:
     return layer
 
 
-class BackgroundSink:
-    """Context manager that hands matrices to a sink in a thread, in the order in which they were added.
+class BackgroundQueue:
+    """Context manager that does tasks in a thread, one after the other, in the order in which they came.
 
-    Leaving it waits until all are there, unless an exception is on its way. An exception of the sink is raised
-    by the next call, or when the context is left; what comes after it is dropped.
+    Leaving it waits until all are done, also if an exception is on its way: finished work is not lost. After a
+    task has failed those behind it are dropped, and its exception is raised by the next call, or when the
+    context is left.
 
     Args:
-        sink: the real one; used by the thread alone until the context is left.
-        capacity: matrices that may wait; adding more blocks.
+        capacity: tasks that may wait; submitting more blocks.
     """
 
-    def __init__(self, sink: Sink, capacity: int = _QUEUED_MATRICES) -> None:
-        self._sink = sink
-        self._queue: queue.Queue[tuple[str, EncodedMatrix] | None] = queue.Queue(capacity)
+    def __init__(self, capacity: int = _QUEUED_TASKS) -> None:
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(capacity)
         self._error: BaseException | None = None
-        self._dropping = False
-        self._thread = threading.Thread(target=self._write, name="ernieq-writer", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="ernieq-writer", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -123,30 +113,36 @@ class BackgroundSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._dropping = kind is not None
         self._queue.put(None)
         self._thread.join()
         if kind is None:
             self._raise()
 
-    def add_encoded(self, module_name: str, matrix: EncodedMatrix) -> None:
-        """Queue one encoded matrix.
+    def submit(self, task: Callable[[], None]) -> None:
+        """Queue a task.
 
         Raises:
-            Exception: whatever the sink raised for an earlier one.
+            Exception: whatever an earlier one raised.
         """
         self._raise()
-        self._queue.put((module_name, matrix))
+        self._queue.put(task)
+
+    def wait(self) -> None:
+        """Wait until all tasks are done; raises as ``submit``."""
+        self._queue.join()
+        self._raise()
 
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _write(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None or self._dropping:
-                continue
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
             try:
-                self._sink.add_encoded(*item)
+                if self._error is None:
+                    task()
             except BaseException as error:
                 self._error = error
+            finally:
+                del task
+                self._queue.task_done()

@@ -51,6 +51,7 @@ class Plan:
         decoder_bytes: of these, the tensors of the decoder layers, without headers: exact.
         memory_bytes: estimate of the peak of resident memory, the program itself included.
         module_weights: weights of every module that is quantized.
+        state_bytes: disk space that saved hidden states take meanwhile, at most.
     """
 
     modules: dict[str, float]
@@ -59,6 +60,7 @@ class Plan:
     decoder_bytes: int
     memory_bytes: int
     module_weights: dict[str, int]
+    state_bytes: int
 
     @property
     def encoded_weights(self) -> int:
@@ -124,12 +126,18 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     parameters = sum(part.parameters for part in parts)
     if recipe.tune.enabled and parameters <= LARGEST_ON_CPU:
         memory = max(memory, _tuning_memory(checkpoint.config, recipe, parameters))
-    return Plan(modules, parts, total, decoder, memory, weights)
+    return Plan(modules, parts, total, decoder, memory, weights, 2 * _snapshot_bytes(checkpoint.config, recipe))
 
 
 def source_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of all tensors of the source."""
     return sum(checkpoint.info(name).nbytes for name in checkpoint.names())
+
+
+def _snapshot_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Two streams of hidden states."""
+    tokens = recipe.calibration.windows * min(recipe.calibration.window, config.max_position_embeddings)
+    return 2 * tokens * config.hidden_size * stream_dtype(tokens, config.hidden_size).itemsize
 
 
 def _memory(config: ModelConfig, recipe: Recipe) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from ernieq.calibrate import Streams, narrow_layer
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import KEEP, Recipe
-from ernieq.convert.tune import HeldMatrices
+from ernieq.convert.unit_store import Unit
 from ernieq.convert.workload import GroupShape, calibration_work, encoding_products
 from ernieq.encode import Batches, EncodeOptions, encode_batch, encode_matrices
 from ernieq.kernels.precision import float32_products
@@ -40,6 +40,18 @@ _EXPERT_WEIGHTS = {"cpu": 7_000_000, "cuda": 1_000_000_000}
 _FEWEST_TOKENS = 512
 _NARROWER = (1, 2, 4, 8, 16)
 _LONG = 0.5  # seconds; what takes longer is measured once, as it comes
+
+
+class NoUnits:
+    """For layers whose matrices are all kept: there is nothing to fetch, and nothing to keep."""
+
+    def fetch(self, batch: Sequence[Sequence[str]]) -> list[Unit] | None:  # noqa: ARG002 - Units' signature
+        """None: nothing is there."""
+        return None
+
+    def keep(self, batch: Sequence[Unit], check: Callable[[Sequence[Unit]], None]) -> None:  # noqa: ARG002
+        """Never called."""
+        raise AssertionError("all matrices are kept")
 
 
 class Speed:
@@ -158,7 +170,7 @@ class Speed:
             self._recipe, parts=dict.fromkeys(self._recipe.parts, float(KEEP)), modules={}
         )
         batches = Batches(config.moe_num_experts if self._device.type == "cuda" else 1, "experts")
-        quantizer = LayerQuantizer(config, keep, self._options, HeldMatrices(), experts=batches)
+        quantizer = LayerQuantizer(config, keep, self._options, NoUnits(), experts=batches)
         angles = Rotary(config).angles(torch.arange(length))
         rotary = angles[0].to(self._device), angles[1].to(self._device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ernieq.calibrate import (
@@ -22,12 +22,13 @@ from ernieq.calibrate import (
     hidden_of,
 )
 from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
-from ernieq.convert.overlap import Sink
 from ernieq.convert.recipe import KEEP, Part, Recipe
+from ernieq.convert.tensor_file import TensorFile, write_tensor_file
+from ernieq.convert.unit_store import Units
 from ernieq.encode import Batches, EncodeOptions
-from ernieq.errors import CheckpointError, FormatError, StorageError
+from ernieq.errors import CheckpointError, FormatError
 from ernieq.model import DecoderLayer, ModelConfig
-from ernieq.pack import CalibrationRecord
+from ernieq.pack import CalibrationRecord, RawTensor, little_endian_bytes, write_durably
 from ernieq.pack.manifest import read_calibration
 from ernieq.untrusted import open_regular, read_json_object
 
@@ -79,7 +80,7 @@ def quantize_layer_from(
     grams: Mapping[str, Tensor],
     recipe: Recipe,
     options: EncodeOptions,
-    sink: Sink,
+    units: Units,
     on_weights: Callable[[int], None] | None = None,
     experts: Batches | None = None,
 ) -> LayerReport:
@@ -92,7 +93,7 @@ def quantize_layer_from(
         grams: the Hessians of the layer's inputs, by the names of ``layer_groups``.
         recipe: bits and seed.
         options: how matrices are encoded.
-        sink: receives the encoded matrices.
+        units: has what was encoded before, and receives what is encoded now.
         on_weights: called with the number of weights encoded since the last call.
         experts: how many experts are worked on at once; one by one unless given.
 
@@ -100,14 +101,14 @@ def quantize_layer_from(
         CheckpointError: a Hessian is missing or has another width.
     """
     report = LayerReport(index)
-    encoder = GroupEncoder(recipe, options, sink, on_weights)
+    encoder = GroupEncoder(recipe, options, units, on_weights)
     routed: list[list[Group]] = []  # gate and up, and down, of every expert
 
     def encode_routed(batch: Sequence[list[Group]]) -> None:
         encoded = encoder.encode(index, [_moved(group, layer) for pair in batch for group in pair])
         for pair in batch:
             names = [name for group in pair for name in group.weights if name in encoded]
-            encoder.hand_over(report, {name: encoded[name] for name in names})
+            report.note({name: encoded[name] for name in names})
 
     def encode_gathered() -> None:
         (experts or Batches(1, "experts", options.on_notice)).run(routed, encode_routed)
@@ -122,7 +123,7 @@ def quantize_layer_from(
             continue
         encode_gathered()
         if group is not None:
-            encoder.hand_over(report, encoder.encode(index, [_moved(group, layer)]))
+            report.note(encoder.encode(index, [_moved(group, layer)]))
     encode_gathered()
     return report
 
@@ -156,25 +157,46 @@ class HessianDirectory:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def write_layer(self, index: int, statistics: LayerStatistics) -> None:
+    def write_layer(self, index: int, statistics: LayerStatistics) -> str:
         """Write one layer's Hessians.
+
+        Returns:
+            sha256 (hex) of the file.
 
         Raises:
             StorageError: the disk refuses.
         """
-        try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            save_file({name: gram.contiguous() for name, gram in statistics.grams.items()}, self._file(index))
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"can't write {self._file(index)}: {error}") from error
+        grams = {name: gram.contiguous().numpy() for name, gram in statistics.grams.items()}
+        raw = {name: RawTensor("F32", gram.shape, little_endian_bytes(gram)) for name, gram in grams.items()}
+        return write_tensor_file(self._file(index), TensorFile(raw, {"layer": index}).chunks())
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write ``calibration.json`` last, so that a directory without it is known to be unfinished."""
+    def write_summary(self, summary: Mapping[str, Any]) -> str:
+        """Write ``calibration.json`` last, so that a directory without it is known to be unfinished.
+
+        Returns:
+            sha256 (hex) of the file.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        raw = (json.dumps(summary, indent=1) + "\n").encode("utf-8")
+        write_durably(self._path / SUMMARY_NAME, [raw])
+        return hashlib.sha256(raw).hexdigest()
+
+    def read_summary(self) -> dict[str, Any]:
+        """The contents of ``calibration.json``.
+
+        Raises:
+            CheckpointError: it is missing or not JSON.
+        """
         try:
-            text = json.dumps(summary, indent=1) + "\n"
-            (self._path / SUMMARY_NAME).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"can't write {self._path / SUMMARY_NAME}: {error.strerror}") from error
+            return read_json_object(self._path / SUMMARY_NAME, _MOST_SUMMARY_BYTES, CheckpointError)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._unfinished} ({error})") from error
+
+    def has_layer(self, index: int) -> bool:
+        """Whether there is a file of that layer."""
+        return self._file(index).is_file()
 
     @property
     def record(self) -> CalibrationRecord:
@@ -183,14 +205,23 @@ class HessianDirectory:
         Raises:
             CheckpointError: it is missing or not JSON.
         """
-        path = self._path / SUMMARY_NAME
         try:
-            return read_calibration(read_json_object(path, _MOST_SUMMARY_BYTES, CheckpointError), str(path))
-        except (CheckpointError, FormatError) as error:
-            raise CheckpointError(
-                f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME} "
-                f"({error})"
-            ) from error
+            return read_calibration(self.read_summary(), str(self._path / SUMMARY_NAME))
+        except FormatError as error:
+            raise CheckpointError(f"{self._unfinished} ({error})") from error
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells these Hessians from others: the hash of ``calibration.json``, which has the layers'.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        try:
+            raw = (self._path / SUMMARY_NAME).read_bytes()
+        except OSError:
+            raise CheckpointError(self._unfinished) from None
+        return {"Hessians": hashlib.sha256(raw).hexdigest()}
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Read one layer's Hessians.
@@ -208,6 +239,10 @@ class HessianDirectory:
             if not torch.isfinite(gram).all():
                 raise CheckpointError(f"{self._file(index)}: {name} has NaN or infinite numbers")
         return grams
+
+    @property
+    def _unfinished(self) -> str:
+        return f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME}"
 
     def _file(self, index: int) -> Path:
         return self._path / f"layer-{index:05d}.safetensors"

@@ -29,17 +29,6 @@ _WORKING_BYTES = 8_000_000_000
 _FLOAT32, _NARROW = 4, 2
 
 
-class HeldMatrices:
-    """A sink that holds what it is given, in order."""
-
-    def __init__(self) -> None:
-        self.matrices: dict[str, EncodedMatrix] = {}
-
-    def add_encoded(self, module_name: str, matrix: EncodedMatrix) -> None:
-        """Take one encoded matrix."""
-        self.matrices[module_name] = matrix
-
-
 @dataclass(frozen=True)
 class Tuned:
     """The result of tuning.

@@ -1,6 +1,7 @@
 """From weights to code words: incoherence, scales, block LDLQ over the trellis code."""
 
 from ernieq.encode.batch_matrix import encode_batch, working_bytes
+from ernieq.encode.decoded import decode_stack
 from ernieq.encode.emulate import emulated_errors
 from ernieq.encode.incoherence import input_signs, rotation_block
 from ernieq.encode.matrix import encode_matrices
@@ -15,6 +16,7 @@ __all__ = [
     "Batches",
     "EncodeOptions",
     "EncodingResult",
+    "decode_stack",
     "emulated_errors",
     "encode_batch",
     "encode_matrices",

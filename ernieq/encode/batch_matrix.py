@@ -128,10 +128,21 @@ def encode_in_pieces(
             decoded[rows] = coded.decoded[0].to(home)
             sums[rows] = coded.sums[0].cpu()
 
-        tiles = range(total // TILE_SIDE)
-        size = len(tiles) if options.memory_bytes is None else _tiles_that_fit(columns, options.memory_bytes)
-        Batches(size, "rows of tiles", options.on_notice).run(tiles, encode_piece)
+        row_batches(total, columns, options).run(range(total // TILE_SIDE), encode_piece)
     return cut_apart(weights, packed, scale, decoded, signs, code, _errors(sums))
+
+
+def row_batches(rows: int, columns: int, options: EncodeOptions) -> Batches:
+    """How many rows of tiles of a matrix are worked on at once."""
+    fit = rows // TILE_SIDE if options.memory_bytes is None else _tiles_that_fit(columns, options.memory_bytes)
+    return Batches(fit, "rows of tiles", options.on_notice)
+
+
+def as_handed_on(plain: Tensor) -> Tensor:
+    """Decoded weights, in the model's own basis, as they are handed on: float32, or float16 from a GPU."""
+    dtype = _decoded_dtype(plain.device)
+    limit = torch.finfo(dtype).max
+    return plain.clamp_(-limit, limit).to(dtype)
 
 
 # What is summed over every row: the loss and the power under the Hessian, and without it.
@@ -187,9 +198,7 @@ def _encode_rows(
     for place, (weight, own, hessian) in enumerate(matrices):
         found = own.float() / VALUE_UNIT * scale[place].float()[:, None]
         sums.append(_row_sums(weight, found, hessian))
-        plain = basis.own(found)
-        limit = torch.finfo(decoded.dtype).max
-        decoded[place] = plain.clamp_(-limit, limit)
+        decoded[place] = as_handed_on(basis.own(found))
     return _CodedRows(pack_rings(symbols, code), scale, decoded, torch.stack(sums))
 
 

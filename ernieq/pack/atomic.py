@@ -20,6 +20,7 @@ from typing import Self
 from ernieq.errors import OutputExistsError, StorageError
 
 _CONFIG = "config.json"
+UNFINISHED, REPLACED = "packed", "replaced"  # names within a staging directory
 
 
 @contextmanager
@@ -37,6 +38,8 @@ class AtomicDirectory:
     Args:
         target: where the directory shall appear; a symbolic link is followed.
         overwrite: whether a model directory that is there may be replaced.
+        staging: an existing directory beside the target to write in, in place of hidden directories of its own:
+            whoever owns it finds ``packed`` (unfinished) or ``replaced`` (the old one) there after a kill.
 
     Raises:
         OutputExistsError: the target exists and ``overwrite`` is false, or it is not a model directory (no
@@ -44,7 +47,7 @@ class AtomicDirectory:
         StorageError: the directory can't be created.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, target: Path, *, overwrite: bool = False, staging: Path | None = None) -> None:
         self.target = Path(os.path.realpath(target))
         self._overwrite = overwrite
         self._new_parents: list[Path] = []
@@ -53,6 +56,8 @@ class AtomicDirectory:
         token = secrets.token_hex(4)
         self.path = self.target.with_name(f".{self.target.name}.{token}.partial")
         self._set_aside = self.target.with_name(f".{self.target.name}.{token}.replaced")
+        if staging is not None:
+            self.path, self._set_aside = staging / UNFINISHED, staging / REPLACED
 
     def __enter__(self) -> Self:
         missing = [parent for parent in self.path.parents if not parent.exists()]
@@ -61,6 +66,8 @@ class AtomicDirectory:
                 for parent in reversed(missing):
                     parent.mkdir(exist_ok=True)
                     self._new_parents.append(parent)
+                if self.path.exists():  # in a staging directory, from an attempt that was killed
+                    shutil.rmtree(self.path)
                 self.path.mkdir()
         except BaseException:
             self._discard()
@@ -94,7 +101,7 @@ class AtomicDirectory:
         with storage_errors(self.target):
             self._swap()
             self._committed = True
-            _fsync_directory(self.target.parent)
+            sync_directory(self.target.parent)
         shutil.rmtree(self._set_aside, ignore_errors=True)
         return self.target
 
@@ -137,10 +144,11 @@ def _fsync_tree(directory: Path) -> None:
         else:
             with entry.open("rb+") as file:
                 os.fsync(file.fileno())
-    _fsync_directory(directory)
+    sync_directory(directory)
 
 
-def _fsync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Wait until the disk has the names in a directory."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows has no way to fsync a directory
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -128,10 +128,14 @@ class Sweep:
         return open_regular(locate(self._reader.path, file_name), VerificationError)
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file, read in pieces."""
+def file_sha256(path: Path, on_bytes: OnBytes = lambda _: None) -> str:
+    """sha256 (hex) of a file, read in pieces; ``on_bytes`` is called with the length of each."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(_PIECE_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    return digest.hexdigest()
 
 
 def _read(file: BinaryIO, buffer: memoryview, file_name: str) -> memoryview:

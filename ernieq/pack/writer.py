@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ class PackedWriter:
         target: the directory to create.
         overwrite: whether a model directory that is there may be replaced (at the very end).
         shard_bytes: largest shard.
+        staging: as of ``AtomicDirectory``.
 
     Raises:
         OutputExistsError: the target exists and may not be replaced.
@@ -55,9 +57,14 @@ class PackedWriter:
     """
 
     def __init__(
-        self, target: Path, *, overwrite: bool = False, shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        target: Path,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        staging: Path | None = None,
     ) -> None:
-        self._directory = AtomicDirectory(target, overwrite=overwrite)
+        self._directory = AtomicDirectory(target, overwrite=overwrite, staging=staging)
         self._shards = ShardWriter(self._directory.path, shard_bytes=shard_bytes)
         self._modules: dict[str, ModuleSpec] = {}
         self._kept: list[str] = []
@@ -142,6 +149,7 @@ class PackedWriter:
         *,
         card: str | None = None,
         on_progress: Progress | None = None,
+        on_verified: Callable[[str], None] = lambda _: None,
     ) -> Path:
         """Write config, manifest and card, fsync, verify, and publish the directory.
 
@@ -151,6 +159,7 @@ class PackedWriter:
                 filled in.
             card: text of ``README.md``.
             on_progress: told how many bytes have been verified.
+            on_verified: called with the sha256 of ``ernieq.json`` just before the directory is published.
 
         Returns:
             The target.
@@ -181,12 +190,13 @@ class PackedWriter:
         for name, text in texts.items():
             with storage_errors(self._directory.target / name):
                 (self._directory.path / name).write_bytes(text)
-        return self._directory.commit(lambda path: _check(path, on_progress))
+
+        def check(path: Path) -> None:
+            verify_packed(path, on_progress=on_progress)
+            on_verified(hashlib.sha256(texts[MANIFEST_NAME]).hexdigest())
+
+        return self._directory.commit(check)
 
     def _coverage(self) -> Coverage:
         quantized = tuple(f"{name}.weight" for name in self._modules)
         return Coverage(quantized, tuple(self._kept), tuple(self._carried), tuple(self._tuned))
-
-
-def _check(path: Path, on_progress: Progress | None) -> None:
-    verify_packed(path, on_progress=on_progress)

@@ -28,10 +28,10 @@ def source(tmp_path: Path) -> Path:
 
 
 def check(source: Path, out: Path, exit_code: int, *naming: str, options: tuple[str | Path, ...] = ()) -> None:
-    """Quantizing is refused, and the whole directory of the test is as it was before."""
+    """Quantizing is refused, and the whole directory of the test is as it was but for finished work."""
     before = Untouched(source.parent)
     refused(quantize(source, out, *options), exit_code, *naming)
-    before.check()
+    before.check(unfinished=True)
 
 
 def tensors_changed(change: Callable[[dict[str, Tensor]], object]) -> Damage:
@@ -234,7 +234,9 @@ def test_a_failing_disk_keeps_the_output_that_was_to_be_replaced(
     check(source, tmp_path / "packed", 5, "packed", options=("--overwrite", "--seed", "1"))
 
 
-def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_finished_work_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ernieq.convert import LayerQuantizer
 
     def interrupt(*_arguments: Any) -> None:
@@ -245,7 +247,7 @@ def test_an_interruption_leaves_nothing(source: Path, tmp_path: Path, monkeypatc
     result = quantize(source, tmp_path / "packed")
     assert result.exit_code == 130
     assert result.stderr.count("\n") == 1
-    before.check()
+    before.check(unfinished=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from ernieq.convert import (
     default_recipe,
 )
 from ernieq.encode import EncodeOptions, encode_batch, encode_matrices, input_signs
+from ernieq.errors import InterruptedConversionError
 from ernieq.pack import PackedReader, verify_packed
 from ernieq.trellis import TrellisCode
 from tests.cli.quantizing import done, quantize, run
@@ -141,6 +142,31 @@ def test_the_same_conversion_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) ->
     for name in ("one", "again"):
         convert_on(GPU, source, tmp_path / name, quick_recipe(), [text], VRAM)
     assert file_hashes(tmp_path / "one", "*.safetensors") == file_hashes(tmp_path / "again", "*.safetensors")
+
+
+@pytest.mark.parametrize("after", [1, 4, 9, 16])
+def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, after: int
+) -> None:
+    source, text = tiny(hidden=64, expert_width=32, tied=False), write_words(tmp_path / "words.txt")
+    convert_on(GPU, source, tmp_path / "whole", quick_recipe(), [text], VRAM)
+    asked = iter([False] * (after - 1) + [True])
+    conversion = Conversion(
+        open_checkpoint(source),
+        str(source),
+        quick_recipe(),
+        [read_text_file(text)],
+        EncodeOptions(),
+        device=GPU,
+        vram_bytes=VRAM,
+    )
+    with pytest.raises(InterruptedConversionError):
+        conversion.run(
+            tmp_path / "packed", overwrite=False, card=lambda _: "# a test\n", should_stop=lambda: next(asked)
+        )
+    convert_on(GPU, source, tmp_path / "packed", quick_recipe(), [text], VRAM)
+    shards = [file_hashes(tmp_path / name, "*.safetensors") for name in ("whole", "packed")]
+    assert shards[0] == shards[1]
 
 
 def test_memory_stays_within_what_was_given(tiny: Tiny, tmp_path: Path) -> None:

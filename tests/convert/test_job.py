@@ -240,7 +240,7 @@ def test_a_tensor_that_would_change_the_result_is_refused_before_anything_is_enc
     source = tiny()
     write_tensors(source, tiny_tensors(TinyOptions()) | {name: torch.ones(64)})
     encoded: list[str] = []
-    monkeypatch.setattr("ernieq.convert.job.encode_matrices", lambda *_: encoded.append("a matrix"))
+    monkeypatch.setattr("ernieq.convert.groups.encode_matrices", lambda *_: encoded.append("a matrix"))
     with pytest.raises(UnsupportedModelError, match=name):
         convert(source, tmp_path / "packed", quick_recipe())
     assert encoded == []

@@ -12,7 +12,7 @@ import pytest
 
 from ernieq.checkpoint import Checkpoint, open_checkpoint
 from ernieq.convert import Plan, audited, audited_plan, check_preflight, make_plan, staged_bytes
-from ernieq.convert.groups import GroupEncoder
+from ernieq.convert.groups import LayerReport
 from ernieq.convert.preflight import least_memory
 from ernieq.convert.resources import Memory
 from ernieq.errors import BackendUnavailableError, StorageError, VerificationError
@@ -148,12 +148,12 @@ def test_a_conversion_that_forgets_a_tensor_fails_with_its_name_and_leaves_nothi
 def test_a_conversion_that_skips_a_projection_fails_with_its_name_and_leaves_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine, skipped = GroupEncoder.hand_over, "mlp.experts.3.up_proj"
+    genuine, skipped = LayerReport.note, "mlp.experts.3.up_proj"
 
-    def skipping(self: GroupEncoder, report: Any, encoded: dict[str, Any]) -> None:
-        genuine(self, report, {name: result for name, result in encoded.items() if name != skipped})
+    def skipping(self: LayerReport, encoded: dict[str, Any]) -> None:
+        genuine(self, {name: result for name, result in encoded.items() if not name.endswith(skipped)})
 
-    monkeypatch.setattr(GroupEncoder, "hand_over", skipping)
+    monkeypatch.setattr(LayerReport, "note", skipping)
     with pytest.raises(
         VerificationError, match=rf"model\.layers\.1\.{skipped}\.weight is listed .* not stored"
     ):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ernieq.calibrate import LayerStatistics
 from ernieq.checkpoint import load_embedding, load_layer, open_checkpoint
 from ernieq.convert import HessianDirectory, SourceScan, calibration_record, collect_statistics, draw_sample
 from ernieq.convert.export import decode_rows
@@ -97,7 +98,11 @@ def test_stored_hessians_of_zeros_make_a_legal_file(tmp_path: Path) -> None:
     checkpoint, recipe = open_checkpoint(source), quick_recipe()
     sample = draw_sample(checkpoint, [read_text_file(write_words(tmp_path / "words.txt"))], recipe)
     store = HessianDirectory(tmp_path / "hessians")
-    collect_statistics(checkpoint, sample, 1.0, store.write_layer)
+
+    def write(index: int, found: LayerStatistics) -> None:
+        store.write_layer(index, found)
+
+    collect_statistics(checkpoint, sample, 1.0, write)
     record = calibration_record(sample)
     store.write_summary({"calibration": {**vars(record), "files": dict(record.files)}})
     convert(source, tmp_path / "packed", recipe, hessians=store)

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ernieq.calibrate import Streams
 from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
 from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_seconds, make_plan
-from ernieq.convert.speed import Speed
-from ernieq.convert.tune import HeldMatrices
+from ernieq.convert.speed import NoUnits, Speed
 from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
 from ernieq.model import Rotary
@@ -45,7 +44,7 @@ class ProductCounter(TorchDispatchMode):
 def counted_products(checkpoint: Checkpoint, index: int, windows: int, length: int) -> int:
     """Multiplications of matrix products while a layer is calibrated, counted as they are made."""
     config = checkpoint.config
-    quantizer = LayerQuantizer(config, quick_recipe(parts=KEPT), EncodeOptions(threads=1), HeldMatrices())
+    quantizer = LayerQuantizer(config, quick_recipe(parts=KEPT), EncodeOptions(threads=1), NoUnits())
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(windows, length, config.hidden_size, generator=draw)
     rotary = Rotary(config).angles(torch.arange(length))

@@ -1,0 +1,202 @@
+"""What an interrupted ``quantize`` or ``calibrate`` says, and how the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from ernieq.convert import Allocator, Staging, groups, snapshots
+from tests.cli.quantizing import CODE, SAMPLE, done, quantize, refused, run
+from tests.convert.conversions import file_hashes, write_words
+from tests.convert.faults import Disk, KilledError
+
+TARGET = ["--target-decoder-size", "17kB"]
+HESSIANS = ["--windows", "4", "--window", "32", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture
+def source(tiny: Callable[..., Path]) -> Path:
+    directory = tiny(tied=False)
+    write_words(directory.parent / "words.txt", 800)
+    return directory
+
+
+def weights(packed: Path) -> dict[str, str]:
+    """Hashes of all files but those that name their directory or tell the time."""
+    return {
+        name: digest for name, digest in file_hashes(packed).items() if name not in ("ernieq.json", "README.md")
+    }
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Result], after: int, *numbers: int) -> Result:
+    """Run a command that is sent signals while it encodes for the ``after``-th time."""
+    genuine, calls = groups.__dict__["encode_matrices"], 0
+
+    def encode(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for number in numbers if calls == after else ():
+            os.kill(os.getpid(), number)
+        return genuine(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(groups, "encode_matrices", encode)
+        return work()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_75_and_the_command_that_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out, before = tmp_path / "packed", signal.getsignal(number)
+    done(quantize(source, tmp_path / "whole"))
+    stopped = signalled(monkeypatch, lambda: quantize(source, out), 9, number)
+    assert stopped.exit_code == 75
+    sentence = stopped.stderr.splitlines()[-1]
+    assert sentence.startswith("Interrupted: stopped: ")
+    assert "% of the weights are encoded" in sentence
+    given = [source, "--out", out, "--text", source.parent / "words.txt", *CODE, *SAMPLE]
+    assert sentence.endswith(f"go on with: ernieq quantize {' '.join(map(str, given))}")
+    assert signal.getsignal(number) is before
+    assert not out.exists()
+    resumed = quantize(source, out)
+    done(resumed)
+    assert "resuming from" in resumed.stderr
+    assert weights(out) == weights(tmp_path / "whole")
+    assert not (tmp_path / "packed.partial").exists()
+
+
+def test_a_second_signal_stops_at_once_and_finished_units_stay(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> Result:
+        return quantize(source, tmp_path / "packed")
+
+    assert signalled(monkeypatch, work, 5, signal.SIGINT, signal.SIGINT).exit_code == 130
+    assert len(list((tmp_path / "packed.partial" / "units").iterdir())) == 4
+
+
+def test_another_recipe_is_refused_until_restart_discards_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "packed"
+    signalled(monkeypatch, lambda: quantize(source, out), 5, signal.SIGTERM)
+    named = ("recipe: parts.routed_experts 2 -> 3", "--restart", "packed.partial")
+    refused(quantize(source, out, "--bits", "3"), 2, *named)
+    restarted = quantize(source, out, "--bits", "3", "--restart")
+    done(restarted)
+    assert "resuming" not in restarted.stderr
+    assert not (tmp_path / "packed.partial").exists()
+
+
+def test_the_command_that_goes_on_does_not_restart(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> Result:
+        return quantize(source, tmp_path / "packed", "--restart")
+
+    assert "--restart" not in signalled(monkeypatch, work, 3, signal.SIGTERM).stderr
+
+
+def test_a_second_process_on_one_output_is_refused(source: Path, tmp_path: Path) -> None:
+    with Staging(tmp_path / "packed"):
+        refused(quantize(source, tmp_path / "packed"), 2, "is being written by process", "--out")
+
+
+def test_a_process_that_is_killed_and_resumed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    done(quantize(source, tmp_path / "whole"))
+    out, journal = tmp_path / "packed", tmp_path / "packed.partial" / "journal.jsonl"
+    text = source.parent / "words.txt"
+    arguments = ["quantize", source, "--out", out, "--text", text, *CODE, *SAMPLE]
+    command = [sys.executable, "-m", "ernieq.cli", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 7):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    resumed = quantize(source, out)
+    done(resumed)
+    assert "resuming from" in resumed.stderr
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_bits_that_were_measured_are_not_measured_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "packed"
+    done(quantize(source, tmp_path / "whole", *TARGET))
+    assert signalled(monkeypatch, lambda: quantize(source, out, *TARGET), 5, signal.SIGTERM).exit_code == 75
+    refused(quantize(source, out, "--target-decoder-size", "18kB"), 2, "target: --target-decoder-size", "18000")
+    monkeypatch.setattr(Allocator, "allocate", None)
+    done(quantize(source, out, *TARGET))
+    assert weights(out) == weights(tmp_path / "whole")
+    found, wanted = (json.loads((path / "ernieq.json").read_text()) for path in (out, tmp_path / "whole"))
+    assert found["report"]["allocation"] == wanted["report"]["allocation"]
+    assert not (tmp_path / "packed.partial").exists()
+
+
+@pytest.mark.parametrize("after", [5, 40])
+def test_rounds_of_a_divergence_go_on_within_their_round(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    from ernieq.cli import allocating
+
+    wanted = ["--max-kl", "0.03", "--windows", "8"]
+
+    def measure_in_turn() -> None:
+        found = {"whole": iter([0.06, 0.02]), "packed": iter([0.06, 0.02])}
+        monkeypatch.setattr(allocating, "measured_divergence", lambda run, _: next(found[run.out.name]))
+
+    measure_in_turn()
+    done(quantize(source, tmp_path / "whole", *wanted))
+    stopped = signalled(
+        monkeypatch, lambda: quantize(source, tmp_path / "packed", *wanted), after, signal.SIGTERM
+    )
+    assert stopped.exit_code == 75
+    assert ("round 1:" in stopped.stderr) == (after == 40)  # a round encodes 33 times
+    resumed = quantize(source, tmp_path / "packed", *wanted)
+    done(resumed)
+    assert ("round 1:" in resumed.stderr) == (after == 5)
+    assert weights(tmp_path / "packed") == weights(tmp_path / "whole")
+    assert not (tmp_path / "packed.partial").exists()
+
+
+def calibrate(source: Path, out: Path, *options: str | Path) -> Result:
+    return run("calibrate", source, "--text", source.parent / "words.txt", *HESSIANS, "--out", out, *options)
+
+
+def test_calibrate_goes_on_behind_the_last_finished_layer(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "PATIENCE", 0)
+    done(calibrate(source, tmp_path / "whole"))
+    wanted, out, number = file_hashes(tmp_path / "whole"), tmp_path / "hessians", 1
+    resumed = 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, number)
+            try:
+                finished = calibrate(source, out).exit_code == 0
+            except KilledError:
+                finished = False
+        if finished:
+            break
+        again = calibrate(source, out)
+        resumed += "layers are finished" in again.stderr
+        assert again.exit_code == 0 or "--overwrite" in again.stderr  # killed while leftovers were removed
+        assert file_hashes(out) == wanted, number
+        assert not (tmp_path / "hessians.partial").exists()
+        for path in [*out.iterdir()]:
+            path.unlink()
+        out.rmdir()
+        number += 3
+    assert resumed > 3
