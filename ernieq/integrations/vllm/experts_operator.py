@@ -14,6 +14,7 @@ from torch.nn import functional
 from ernieq.decode import stack
 from ernieq.decode.stack import MatrixStack
 from ernieq.integrations.vllm.geometry import MatrixPart, read_parts
+from ernieq.integrations.vllm.operators import holds_words
 from ernieq.kernels.hadamard import rotate
 from ernieq.kernels.trellis_matmul import matmul
 
@@ -47,12 +48,9 @@ def packed_experts(
     states = x.detach().float().contiguous()
     if not x.shape[0]:
         return torch.zeros_like(x)
-    if not x.is_cuda:
+    if not holds_words(gate_up[0]):
         return _run_on_cpu(states, weights.float(), selected.long(), gate_up, down, (first, second)).to(x.dtype)
-    stacks = [
-        MatrixStack(tiles, scale, signs, part.rotation_block, part.code)
-        for (tiles, scale, signs), part in ((gate_up, first), (down, second))
-    ]
+    stacks = _as_stack(gate_up, first), _as_stack(down, second)
     rows, experts = selected.numel(), gate_up[0].shape[0]
     if x.shape[0] <= stack.SELECTED_TOKENS:
         run = stack.run_selected
@@ -64,16 +62,13 @@ def packed_experts(
 
 
 @packed_experts.register_fake
-def _(
-    x: Tensor,
-    weights: Tensor,
-    selected: Tensor,
-    gate_up: Sequence[Tensor],
-    down: Sequence[Tensor],
-    parts: Sequence[int],
-    grouped_rows: int,
-) -> Tensor:
+def _shape_of_experts(x: Tensor, *_others: object) -> Tensor:
     return torch.empty_like(x)
+
+
+def _as_stack(tensors: Sequence[Tensor], part: MatrixPart) -> MatrixStack:
+    words, scale, signs = tensors
+    return MatrixStack(words, scale, signs, part.rotation_block, part.code)
 
 
 def _run_on_cpu(

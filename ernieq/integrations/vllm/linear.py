@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, ReplicatedLinear
 from ernieq.integrations.vllm.geometry import part_numbers
 from ernieq.integrations.vllm.operators import packed_linear
 from ernieq.integrations.vllm.slices import MatrixSlice, slice_columns, slice_rows
-from ernieq.integrations.vllm.storage import DENSE, PACKED, SCALE, SIGNS, MergedStorage, StoredPart
+from ernieq.integrations.vllm.storage import PACKED, SCALE, SIGNS, MergedStorage, StoredPart
 from ernieq.pack import ModuleSpec
 
 _ATTENTION_PARTS = {"q": 0, "k": 1, "v": 2}
@@ -64,9 +64,7 @@ class ErnieqLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(..., C) to (..., R) of the same dtype."""
         storage: MergedStorage = layer.packed_storage
-        out = packed_linear(
-            x, layer.weight_packed, layer.weight_scale, layer.weight_signs, layer.packed_numbers
-        )
+        out = multiply_storage(layer, x)
         if storage.dense:
             out = storage.join(out, functional.linear(x, layer.weight))
         return out if bias is None else out + bias
@@ -92,21 +90,25 @@ def register_storage(layer: Any, storage: MergedStorage, dtype: torch.dtype) -> 
     """Give a layer the parameters of a storage, each with the loader that vLLM calls."""
     for name, tensor in storage.new_tensors(dtype).items():
         parameter = nn.Parameter(tensor, requires_grad=False)
-        parameter.weight_loader = _loader(storage, name)  # type: ignore[attr-defined]
+        parameter.weight_loader = partial(_load, storage, name)  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
     layer.packed_numbers = part_numbers(storage.matrices)
-
-
-def _loader(storage: MergedStorage, name: str) -> Callable[..., None]:
-    return partial(_load, storage, name)
 
 
 def _load(
     storage: MergedStorage, name: str, parameter: nn.Parameter, stored: Tensor, shard: str | int | None = None
 ) -> None:
-    """vLLM's call: ``shard`` is q, k or v, a number, or nothing where a layer has one part."""
+    """Called by vLLM: ``shard`` is q, k or v, a number, or nothing where a layer has one part."""
     index = _ATTENTION_PARTS[shard] if isinstance(shard, str) else shard or 0
     storage.place(name, parameter.data, index, stored)
+
+
+def multiply_storage(layer: Any, x: Tensor) -> Tensor:
+    """Products with the packed parts of a layer: (..., C) to (..., R)."""
+    out: Tensor = packed_linear(
+        x, layer.weight_packed, layer.weight_scale, layer.weight_signs, layer.packed_numbers
+    )
+    return out
 
 
 def finish_storage(layer: Any, storage: MergedStorage) -> None:

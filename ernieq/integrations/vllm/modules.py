@@ -72,8 +72,8 @@ class PackedModules:
             spec = self.spec(name)
             if spec is None or spec != first:
                 raise UnsupportedModelError(
-                    f"{name} has {_described(spec)} and {names[0]} {_described(first)}; vLLM runs the experts of a "
-                    "layer together, so they must be packed alike (no [modules] entry for single experts)"
+                    f"{name} has {_described(spec)} and {names[0]} {_described(first)}; vLLM runs the experts "
+                    "of a layer together, so they must be packed alike (no [modules] entry for single experts)"
                 )
         assert first is not None
         return first

@@ -4,8 +4,8 @@
     ernieq::packed_rows      rows of an embedding by number
     ernieq::packed_experts   the experts that each token selected, weighted and summed (experts_operator.py)
 
-On the CPU tiles are int16 units and the C++ kernels run; on a GPU they are int32 words, and nothing here waits
-for the GPU, so that a step can be captured. Shapes: N tokens, C input channels, R output channels.
+Tiles that are int16 units are for the C++ kernels of the CPU, int32 words for those of a GPU. Nothing here
+waits for the GPU, so that a step can be captured. Shapes: N tokens, C input channels, R output channels.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from ernieq.trellis import TILE_SIDE
 _LOOKUP_TOKENS = 512
 
 
+def holds_words(tiles: Tensor) -> bool:
+    """Whether tiles are in the form that a GPU's kernels read."""
+    return tiles.dtype == torch.int32
+
+
 @torch.library.custom_op("ernieq::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, tiles: Tensor, scale: Tensor, signs: Tensor, parts: Sequence[int]) -> Tensor:
     """Products with all matrices of a merged layer.
@@ -41,13 +46,13 @@ def packed_linear(x: Tensor, tiles: Tensor, scale: Tensor, signs: Tensor, parts:
     """
     matrices = read_parts(parts)
     rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()  # (N, C)
-    product = _linear_on_gpu if x.is_cuda else _linear_on_cpu
+    product = _linear_on_gpu if holds_words(tiles) else _linear_on_cpu
     out = product(rows, part_tiles(tiles, matrices), scale, signs, matrices)
     return out.to(x.dtype).view(*x.shape[:-1], scale.shape[0])
 
 
 @packed_linear.register_fake
-def _(x: Tensor, tiles: Tensor, scale: Tensor, signs: Tensor, parts: Sequence[int]) -> Tensor:
+def _shape_of_linear(x: Tensor, _tiles: Tensor, scale: Tensor, _signs: Tensor, _parts: Sequence[int]) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
@@ -100,8 +105,8 @@ def packed_rows(
 
 
 @packed_rows.register_fake
-def _(
-    ids: Tensor, tiles: Tensor, scale: Tensor, signs: Tensor, part: Sequence[int], dtype: torch.dtype
+def _shape_of_rows(
+    ids: Tensor, _tiles: Tensor, scale: Tensor, signs: Tensor, _part: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     return scale.new_empty(*ids.shape, signs.shape[1], dtype=dtype)
 
@@ -111,9 +116,7 @@ def _lookup(ids: Tensor, tiles: Tensor, scale: Tensor, signs: Tensor, part: Matr
     band = ids // TILE_SIDE
     own_tiles = tiles.index_select(0, band)  # (n, C / 16, ...)
     own_scale = scale.view(-1, TILE_SIDE).index_select(0, band).flatten()  # (16 n,)
-    if ids.is_cuda:
-        rows = gpu.decode_exactly(own_tiles, own_scale, part.code)
-    else:
-        rows = decode(own_tiles, own_scale, part.code)  # (16 n, C)
+    decoded = gpu.decode_exactly if holds_words(tiles) else decode
+    rows = decoded(own_tiles, own_scale, part.code)  # (16 n, C)
     place = torch.arange(ids.shape[0], device=ids.device) * TILE_SIDE + ids % TILE_SIDE
     return unrotate(rows.index_select(0, place), signs, part.rotation_block)

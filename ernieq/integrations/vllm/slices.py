@@ -1,8 +1,8 @@
 """Which part of a packed matrix one of several tensor-parallel processes holds.
 
-A matrix is cut along its outputs at tiles (16 rows), or along its inputs at tiles that are whole rotation blocks
-as well: the rotation mixes the channels of a block, so a process needs all of them. No bit inside a tile is
-touched, and a slice decodes to the slice of the dense weight (FORMAT.md, section 3).
+A matrix is cut along its outputs at tiles (16 rows), or along its inputs at tiles and whole rotation blocks: a
+rotation mixes the channels of its block, so a process needs all of them. No bit inside a tile is touched, and a
+slice decodes to the slice of the dense weight (FORMAT.md, section 3).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _share(name: str, what: str, width: int, unit: int, size: int) -> int:
     share, rest = divmod(width, size)
     if rest or share % unit:
         raise UsageError(
-            f"{name} can't be cut for {size} tensor-parallel processes: each must hold a multiple of {unit} of its "
-            f"{width} {what}; pass a --tensor-parallel-size that divides {width // unit}"
+            f"{name} can't be cut for {size} tensor-parallel processes: each must hold a multiple of {unit} of "
+            f"its {width} {what}; pass a --tensor-parallel-size that divides {width // unit}"
         )
     return share

@@ -62,7 +62,7 @@ class MergedStorage:
         self.matrices = [part.matrix for part in self.packed]
 
     def new_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Empty room on the current default device, by the name of the parameter; ``dtype`` is of plain weights."""
+        """Empty room on the default device, by the name of the parameter; ``dtype`` is of plain weights."""
         columns = self.parts[0].piece.columns
         tensors = {
             PACKED: torch.zeros(sum(matrix.units for matrix in self.matrices), dtype=torch.int16),
@@ -84,7 +84,7 @@ class MergedStorage:
 
         Raises:
             ShapeError: it has another shape than the configuration calls for.
-            MissingTensorError: it is packed though the configuration says that it is not, or the other way round.
+            MissingTensorError: it is packed and the configuration says that it is not, or the other way round.
         """
         part = self.parts[index]
         if (name == DENSE) != (part.spec is None):
@@ -110,7 +110,7 @@ class MergedStorage:
         """What the operators take, once all is loaded.
 
         Returns:
-            Tiles (int32 words if they lie on a GPU), scale, and signs: (1, C) int8, or (parts, C) if they differ.
+            Tiles (int32 words if they lie on a GPU), scale, and signs: (1, C) int8, (parts, C) if they differ.
 
         Raises:
             MissingTensorError: a part was not loaded.
@@ -146,9 +146,7 @@ def check_scale(name: str, scale: Tensor) -> None:
     if not torch.isfinite(scale).all():
         raise NonFiniteError(f"{name}.{SCALE} contains NaN or infinite numbers")
     if not (scale != 0).all():
-        raise MissingTensorError(
-            f"{name}.{SCALE} is not in the checkpoint, or holds a zero, which no scale may be"
-        )
+        raise MissingTensorError(f"{name}.{SCALE} is not in the checkpoint, or holds a zero, which no scale is")
 
 
 def unpack_signs(signs: Tensor) -> Tensor:
