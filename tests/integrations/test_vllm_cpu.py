@@ -72,10 +72,10 @@ def test_vllm_without_the_plugin_says_that_it_does_not_know_the_method(figures: 
     assert "Unknown quantization method: ernieq" in figures["without the plugin"]
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_dense_models_and_heads_of_their_own_agree_too(moe: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moe", "tied"), [(False, True), (False, False), (True, False)])
+def test_dense_models_and_heads_of_their_own_agree_too(moe: bool, tied: bool, tmp_path: Path) -> None:
     """And a merged layer, one part of which is not quantized."""
-    shape = TinyOptions(moe=moe, tied=False, hidden=64, heads=2, kv_heads=1, head_dim=32, layers=2)
+    shape = TinyOptions(moe=moe, tied=tied, hidden=64, heads=2, kv_heads=1, head_dim=32, layers=2)
     source = write_tiny(tmp_path / "source", shape)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('bits = 3\n[modules]\n"*.k_proj" = 16\n[encode]\nstate_bits = 12\n')

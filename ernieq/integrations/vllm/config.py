@@ -9,7 +9,7 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from ernieq.integrations.vllm.embedding import ErnieqEmbeddingMethod
 from ernieq.integrations.vllm.experts import ErnieqExpertsMethod
@@ -17,7 +17,7 @@ from ernieq.integrations.vllm.linear import ErnieqLinearMethod
 from ernieq.integrations.vllm.modules import PackedModules
 from ernieq.kernels.device import OLDEST_CAPABILITY
 
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_EMBEDDING = "model.embed_tokens"
 _NORM_MIN = 1e-12  # of configurations that do not state it
 
 
@@ -84,7 +84,8 @@ class ErnieqConfig(QuantizationConfig):  # type: ignore[misc]
             specs = self.modules.experts(prefix, layer.moe_config.num_logical_experts)
             return specs and ErnieqExpertsMethod(layer.moe_config, prefix, specs, self.norm_min)
         if isinstance(layer, VocabParallelEmbedding):
-            module = _EMBEDDING if prefix.endswith(_HEAD) and self.tied else prefix
+            tied = isinstance(layer, ParallelLMHead) and self.tied
+            module = _EMBEDDING if tied or not prefix else prefix  # the dense model's embedding has no prefix
             spec = self.modules.spec(module)
-            return spec and ErnieqEmbeddingMethod(module, spec, own_weight=module == prefix)
+            return spec and ErnieqEmbeddingMethod(module, spec, own_weight=not tied)
         return None
