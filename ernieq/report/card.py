@@ -78,7 +78,10 @@ model = ernieq.load_model({json.dumps(name)})
 ```
 
 `import ernieq` is needed: a loader that does not know this format may start the experts at random with no
-more than a warning. On the command line: `ernieq generate {name} "Once"`."""
+more than a warning. On the command line: `ernieq generate {name} "Once"`.
+
+To serve it: `vllm serve {name}`, with ernieq installed beside vLLM; "Unknown quantization method: ernieq" means
+that it is not."""
 
 
 def _quality(evaluations: Sequence[EvaluationRecord]) -> str:

@@ -8,9 +8,11 @@ vLLM calls ``register`` in each of its processes, through the entry point group 
     experts.py           the routed experts of a layer
     modules.py           what quantization_config says about a layer
     slices.py            tensor parallelism: what one process holds of a matrix
-    storage.py           where stored tensors go
+    storage.py           where the stored tensors of a layer go
+    expert_storage.py    the same for the routed experts
     geometry.py          the matrices of a merged layer as numbers
-    operators.py, experts_operator.py   the products as operators of torch
+    operators.py         products and lookups as operators of torch
+    experts_operator.py  the routed experts as one
 
 The first four need vLLM; the others do without. Everything that is not packed is vLLM's own.
 """
