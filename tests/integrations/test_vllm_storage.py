@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ernieq.errors import MissingTensorError, NonFiniteError, UnsupportedModelError
 from ernieq.integrations.vllm.expert_storage import ExpertStorage
@@ -19,7 +20,6 @@ from tests.decode.encoded_matrices import plain_weight, random_matrix, random_si
 from tests.integrations.test_vllm_slices import stored
 
 NAMES = ("weight_packed", "weight_scale", "weight_signs")
-SHARDS = ("w1", "w3", "w2")
 
 
 def spec_of(matrix: EncodedMatrix) -> ModuleSpec:
@@ -164,6 +164,21 @@ def some_experts(count: int, hidden: int, width: int) -> list[dict[str, EncodedM
     ]
 
 
+def dense_experts(
+    experts: list[dict[str, EncodedMatrix]], x: Tensor, weights: Tensor, selected: Tensor
+) -> Tensor:
+    """The weighted sum, token by token, from plain weights."""
+    plain = [{shard: plain_weight(matrix) for shard, matrix in expert.items()} for expert in experts]
+    total = torch.zeros_like(x)
+    for token, choice in (
+        (token, choice) for token in range(x.shape[0]) for choice in range(selected.shape[1])
+    ):
+        expert = plain[int(selected[token, choice])]
+        inner = functional.silu(x[token] @ expert["w1"].T) * (x[token] @ expert["w3"].T)
+        total[token] += weights[token, choice] * (inner @ expert["w2"].T)
+    return total
+
+
 def fill_experts(storage: ExpertStorage, experts: list[dict[str, EncodedMatrix]]) -> dict[str, Tensor]:
     tensors = storage.new_tensors()
     for expert, matrices in enumerate(experts):
@@ -193,12 +208,7 @@ def test_the_experts_of_all_processes_together_are_the_dense_ones(size: int, tok
         storage = ExpertStorage("e", spec, 4, 64, 256, rank, size)
         pair = finished(storage, fill_experts(storage, experts))
         total += packed_experts(x, weights, selected, *pair, part_numbers([storage.gate_up, storage.down]), 0)
-    expected = torch.zeros_like(x)
-    for token, choice in ((t, c) for t in range(tokens) for c in range(2)):
-        gate, up, down = (plain_weight(experts[int(selected[token, choice])][shard]) for shard in SHARDS)
-        inner = torch.nn.functional.silu(x[token] @ gate.T) * (x[token] @ up.T)
-        expected[token] += weights[token, choice] * (inner @ down.T)
-    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total, dense_experts(experts, x, weights, selected), rtol=1e-4, atol=1e-4)
 
 
 def test_experts_whose_signs_differ_are_refused() -> None:
