@@ -132,8 +132,25 @@ def test_rows_that_vllm_adds_to_a_vocabulary_decode_to_zero() -> None:
 def test_a_part_that_was_never_loaded_is_named() -> None:
     storage, matrices = merged()
     tensors = fill(storage, [*matrices[:2]])
+    with pytest.raises(MissingTensorError, match=r"^p2\.weight_packed is not in the checkpoint \(is one of"):
+        storage.finish(*(tensors[name] for name in NAMES))
+
+
+def test_tiles_that_were_never_loaded_are_noticed_though_their_scale_was() -> None:
+    storage, matrices = merged()
+    tensors = fill(storage, [*matrices[:2]])
+    for name, tensor in list(zip(NAMES, stored(matrices[2]), strict=True))[1:]:
+        storage.place(name, tensors[name], 2, tensor)
+    with pytest.raises(MissingTensorError, match=r"^p2\.weight_packed is not in the checkpoint"):
+        storage.finish(*(tensors[name] for name in NAMES))
+
+
+def test_a_scale_of_zero_is_refused() -> None:
+    storage, matrices = merged()
+    tensors = fill(storage, [*matrices])
+    tensors["weight_scale"][5] = 0
     with pytest.raises(
-        MissingTensorError, match=r"^p2\.weight_scale is not in the checkpoint, or holds a zero"
+        MissingTensorError, match=r"^p0\.weight_scale is not in the checkpoint, or holds a zero"
     ):
         storage.finish(*(tensors[name] for name in NAMES))
 
@@ -222,5 +239,5 @@ def test_experts_whose_signs_differ_are_refused() -> None:
 def test_an_expert_that_was_never_loaded_is_noticed() -> None:
     experts = some_experts(3, 64, 48)
     storage = ExpertStorage("e", (spec_of(experts[0]["w1"]), spec_of(experts[0]["w2"])), 3, 64, 48, 0, 1)
-    with pytest.raises(MissingTensorError, match=r"e\.\*\.gate_proj or up_proj\.weight_scale"):
+    with pytest.raises(MissingTensorError, match=r"^a gate_proj\.weight_packed of e is not in the"):
         finished(storage, fill_experts(storage, experts[:2]))

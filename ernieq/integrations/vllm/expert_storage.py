@@ -5,6 +5,9 @@ Shapes: E experts that the process holds, H hidden width, I what it holds of an 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,7 @@ class ExpertStorage:
     ) -> None:
         self._name = name
         self._experts = experts
+        self._placed: set[str] = set()
         reader, writer = specs
         self._slices: dict[str, MatrixSlice] = {
             shard: slice_rows(f"{name}.*.{_SHARDS[shard]}", width, hidden, rank, size) for shard in ("w1", "w3")
@@ -82,6 +86,7 @@ class ExpertStorage:
             ShapeError: it has another shape than the configuration calls for.
         """
         piece, second = self._slices[shard], shard == "w3"
+        self._placed.add(f"{expert}.{shard}.{name.partition('_')[2]}")
         if name.endswith(SIGNS):
             data[expert, int(second)].copy_(piece.signs(stored))
             return
@@ -98,18 +103,26 @@ class ExpertStorage:
             Tiles (int32 words if they lie on a GPU), scale, and the one row of signs, (C,) int8.
 
         Raises:
-            MissingTensorError: an expert was not loaded.
+            MissingTensorError: a tensor of an expert was not loaded.
             NonFiniteError: a scale is NaN or infinite.
             UnsupportedModelError: the signs of two experts differ.
         """
         what = f"{self._name}.*.{'gate_proj or up_proj' if prefix == 'w13' else 'down_proj'}"
+        self._check_placed(("w1", "w3") if prefix == "w13" else ("w2",))
         check_scale(what, scale)
         rows = signs.flatten(0, 1)
-        if not rows.shape[0]:
-            raise MissingTensorError(f"{self._name} holds no expert in this process")
         if not (rows == rows[:1]).all():
             raise UnsupportedModelError(
                 f"{what}.{SIGNS} differs between experts; vLLM rotates a token once for all of them, "
                 "as ernieq's own checkpoints allow"
             )
         return gpu_words(packed), scale, unpack_signs(rows[0])
+
+    def _check_placed(self, shards: Sequence[str]) -> None:
+        """Check that all tensors of all experts were loaded, or none: vLLM can run on made-up weights."""
+        for expert, shard, name in product(range(self._experts), shards, (PACKED, SCALE, SIGNS)):
+            if self._placed and f"{expert}.{shard}.{name}" not in self._placed:
+                raise MissingTensorError(
+                    f"a {_SHARDS[shard]}.{name} of {self._name} is not in the checkpoint "
+                    "(is one of its files missing?)"
+                )

@@ -1,13 +1,13 @@
 """Where the stored tensors of a layer's matrices go, in one process of several.
 
 A merged layer holds its parts behind each other: one flat tensor of tiles, one of scales, one of signs, and the
-weights of parts that are not quantized. A scale is never zero (FORMAT.md, section 3), so that a zero one tells
-of a tensor that the checkpoint lacks.
+weights of parts that are not quantized. What was placed is kept in mind: vLLM checks that a merged parameter
+was loaded, but not that all of its parts were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from ernieq.integrations.vllm.slices import MatrixSlice
 from ernieq.pack import ModuleSpec
 
 PACKED, SCALE, SIGNS, DENSE = "weight_packed", "weight_scale", "weight_signs", "weight"
+_STORED = (PACKED, SCALE, SIGNS)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class MergedStorage:
         self.packed = [part for part in self.parts if part.spec is not None]
         self.dense = [part for part in self.parts if part.spec is None]
         self.matrices = [part.matrix for part in self.packed]
+        self._placed: set[str] = set()
 
     def new_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Empty room on the default device, by the name of the parameter; ``dtype`` is of plain weights."""
@@ -92,6 +94,7 @@ class MergedStorage:
                 f"{part.piece.name}.{name} is in the checkpoint, but its config.json says that the module is "
                 f"{'not ' if part.spec is None else ''}quantized"
             )
+        self._placed.add(f"{part.piece.name}.{name}")
         if name == DENSE:
             rows = self._rows(self.dense, part)
             data[rows].copy_(part.piece.dense(stored))
@@ -113,9 +116,11 @@ class MergedStorage:
             Tiles (int32 words if they lie on a GPU), scale, and signs: (1, C) int8, (parts, C) if they differ.
 
         Raises:
-            MissingTensorError: a part was not loaded.
+            MissingTensorError: a tensor of a part was not loaded.
             NonFiniteError: a scale is NaN or infinite.
         """
+        check_placed(self._placed, [f"{part.piece.name}.{name}" for part in self.packed for name in _STORED])
+        check_placed(self._placed, [f"{part.piece.name}.{DENSE}" for part in self.dense])
         for part, rows in zip(self.packed, part_rows(self.matrices), strict=True):
             check_scale(part.piece.name, scale[rows.start : rows.start + part.piece.rows])
         rotations = {matrix.rotation_block for matrix in self.matrices}
@@ -136,11 +141,22 @@ class MergedStorage:
         return slice(start, start + part.piece.rows)
 
 
+def check_placed(placed: Collection[str], expected: Iterable[str]) -> None:
+    """Check that all tensors of a layer were loaded, or none: vLLM can run on made-up weights.
+
+    Raises:
+        MissingTensorError: one of several was not.
+    """
+    missing = [name for name in expected if name not in placed]
+    if placed and missing:
+        raise MissingTensorError(f"{missing[0]} is not in the checkpoint (is one of its files missing?)")
+
+
 def check_scale(name: str, scale: Tensor) -> None:
     """Check the scale of one matrix, or of several alike.
 
     Raises:
-        MissingTensorError: a scale is zero: it was never loaded.
+        MissingTensorError: a scale is zero: nothing was loaded.
         NonFiniteError: a scale is NaN or infinite.
     """
     if not torch.isfinite(scale).all():
