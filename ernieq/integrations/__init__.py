@@ -1,1 +1,1 @@
-"""Packed checkpoints inside other people's programs, one folder each."""
+"""Packed checkpoints in programs of others; each imports its host only when that has called it."""

@@ -91,7 +91,10 @@ tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})
 ```
 
 `import ernieq` is needed: without it transformers starts the weights at random, with no more than a warning.
-Without transformers: `ernieq.load_model({json.dumps(name)})`, or `ernieq generate {name} "Once"`."""
+Without transformers: `ernieq.load_model({json.dumps(name)})`, or `ernieq generate {name} "Once"`.
+
+To serve it: `vllm serve {name}`, with ernieq installed beside vLLM; "Unknown quantization method: ernieq" means
+that it is not."""
 
 
 def _quality(evaluations: Sequence[EvaluationRecord]) -> str:
