@@ -26,6 +26,9 @@ NOT_RUN = {
     "make install": "is how these tests were set up",
     ".venv/bin/activate": "names the environment that these tests run in",
     "pip install torch": "fetches torch from the network",
+    "pip install vllm": "fetches vLLM from the network; make test-vllm does",
+    "vllm serve": "needs vLLM, which make test-vllm serves with",
+    "curl http://localhost:8000": "asks that server",
     ">> ~/.bashrc": "writes to the user's home",
 }
 SCRIPT = """#!{python}
