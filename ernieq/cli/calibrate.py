@@ -28,6 +28,7 @@ from ernieq.cli.shared import (
     progress_report,
     restart_option,
     seed_option,
+    text_option,
     threads_option,
     vram_option,
 )
@@ -59,13 +60,7 @@ def read_texts(paths: Sequence[Path]) -> list[TextFile]:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Directory for the Hessians, for quantize --hessians."
 )
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
-)
+@text_option
 @click.option("--windows", type=click.IntRange(min=1), help="Calibration windows.  [default: 64]")
 @click.option("--window", type=click.IntRange(min=16), help="Tokens of a calibration window.  [default: 2048]")
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")

@@ -23,6 +23,7 @@ from ernieq.cli.shared import (
     print_json,
     progress_report,
     restart_option,
+    text_option,
     threads_option,
     vram_option,
 )
@@ -59,13 +60,7 @@ _AUTO = "auto"
     show_default=True,
     help="Order of the inputs in the 2-bit matrices; auto lets the weights tell.",
 )
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A calibration text for --to packed; may be given again.  [default: the bundled texts]",
-)
+@text_option
 @click.option(
     "--windows", type=click.IntRange(min=1), help="Calibration windows for --to packed.  [default: 64]"
 )

@@ -31,6 +31,7 @@ from ernieq.cli.shared import (
     restart_option,
     seed_option,
     source_checkpoint,
+    text_option,
     threads_option,
     vram_option,
 )
@@ -99,13 +100,7 @@ def _part_options(function: Any) -> Any:
     help="fast: short search, 32 windows; balanced: full search, 64 windows; "
     "best: 460 windows, --own-text on a GPU, --tune.",
 )
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
-)
+@text_option
 @click.option(
     "--own-text/--no-own-text",
     default=None,

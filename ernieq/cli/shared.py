@@ -136,6 +136,17 @@ def seed_option(function: Function) -> Function:
     )(function)
 
 
+def text_option(function: Function) -> Function:
+    """Add ``--text``; the command receives ``texts: tuple[Path, ...]``."""
+    return click.option(
+        "--text",
+        "texts",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="A calibration text, .txt or .jsonl; may be given again.  [default: the bundled texts]",
+    )(function)
+
+
 def model_directory(path: str) -> Path:
     """The directory of PATH: itself, a bundled model's, or what was fetched of a hub id."""
     from ernieq.checkpoint import locate

@@ -97,6 +97,7 @@ def test_stored_hessians_of_zeros_make_a_legal_file(tmp_path: Path) -> None:
 
     checkpoint, recipe = open_checkpoint(source), quick_recipe()
     sample = draw_sample(checkpoint, [read_text_file(write_words(tmp_path / "words.txt"))], recipe)
+    (tmp_path / "hessians").mkdir()
     store = HessianDirectory(tmp_path / "hessians")
 
     def write(index: int, found: LayerStatistics) -> None:
