@@ -76,3 +76,9 @@ class BackendUnavailableError(ErnieqError):
     """The requested backend or instruction set can't run on this machine."""
 
     exit_code = 7
+
+
+class ReproductionError(ErnieqError):
+    """A conversion was run again and its bytes are not those of the packed checkpoint."""
+
+    exit_code = 8

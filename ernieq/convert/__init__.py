@@ -26,8 +26,18 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
+from ernieq.convert.reproduce import (
+    check_arithmetic,
+    check_hessians,
+    check_source,
+    find_texts,
+    made_on_gpu,
+    recorded_recipe,
+    run_again,
+)
 from ernieq.convert.resources import check_writable
 from ernieq.convert.scan import SourceScan
+from ernieq.convert.shard_match import FileMatch, match_packed
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
 from ernieq.convert.tune import Tuned, tune_model
@@ -43,6 +53,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "EncodeSettings",
+    "FileMatch",
     "Goal",
     "HessianDirectory",
     "LayerQuantizer",
@@ -64,17 +75,25 @@ __all__ = [
     "audited",
     "audited_plan",
     "calibration_record",
+    "check_arithmetic",
+    "check_hessians",
     "check_output",
     "check_preflight",
+    "check_source",
     "check_writable",
     "collect_statistics",
     "coverage_sentence",
     "default_recipe",
     "draw_sample",
     "estimate_seconds",
+    "find_texts",
+    "made_on_gpu",
     "make_plan",
+    "match_packed",
     "parse_bytes",
     "read_recipe",
+    "recorded_recipe",
+    "run_again",
     "sample_tokens",
     "staged_bytes",
     "stated_parts",

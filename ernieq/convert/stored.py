@@ -27,7 +27,7 @@ from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.encode import Batches, EncodeOptions
 from ernieq.errors import CheckpointError, FormatError, StorageError
 from ernieq.model import DecoderLayer, ModelConfig
-from ernieq.pack import CalibrationRecord
+from ernieq.pack import CalibrationRecord, file_sha256
 from ernieq.pack.manifest import read_calibration
 from ernieq.untrusted import open_regular, read_json_object
 
@@ -178,19 +178,39 @@ class HessianDirectory:
 
     @property
     def record(self) -> CalibrationRecord:
-        """Where the Hessians come from, from ``calibration.json``.
+        """Where the Hessians come from, from ``calibration.json``, and what their files hash to.
 
         Raises:
             CheckpointError: it is missing or not JSON.
         """
         path = self._path / SUMMARY_NAME
         try:
-            return read_calibration(read_json_object(path, _MOST_SUMMARY_BYTES, CheckpointError), str(path))
+            summary = read_json_object(path, _MOST_SUMMARY_BYTES, CheckpointError)
+            return replace(read_calibration(summary, str(path)), hessians=self.digests())
         except (CheckpointError, FormatError) as error:
             raise CheckpointError(
                 f"{self._path} is no finished output of ernieq calibrate: it has no readable {SUMMARY_NAME} "
                 f"({error})"
             ) from error
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._path
+
+    def files(self) -> dict[str, Path]:
+        """The files of all layers, by name."""
+        return {path.name: path for path in sorted(self._path.glob("layer-*.safetensors"))}
+
+    def digests(self) -> dict[str, str]:
+        """sha256 (hex) of the files of all layers, by name: every byte is read.
+
+        Raises:
+            CheckpointError: one can't be read.
+        """
+        for path in self.files().values():
+            open_regular(path, CheckpointError).close()  # a pipe would be waited for
+        return {name: file_sha256(path) for name, path in self.files().items()}
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Read one layer's Hessians.

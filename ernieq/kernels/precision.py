@@ -1,4 +1,4 @@
-"""How exactly a GPU multiplies float32 matrices."""
+"""How exactly a GPU multiplies float32 matrices, and in which order a CPU factors them."""
 
 from __future__ import annotations
 
@@ -23,3 +23,21 @@ def float32_products(device: torch.device, *, tensor_cores: bool) -> Iterator[No
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@contextmanager
+def one_thread_factoring(device: torch.device) -> Iterator[None]:
+    """Let a CPU factor and solve with one thread: the order of LAPACK's sums is that of its number of threads.
+
+    Products of matrices and sums along an axis need no such care: threads share out their results, not the
+    terms of a sum. The setting is the process's and is put back at the end.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
