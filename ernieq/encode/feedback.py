@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ernieq.errors import NonFiniteError
 from ernieq.kernels.backend import Backend
-from ernieq.kernels.precision import one_thread_factoring
+from ernieq.kernels.precision import one_thread
 from ernieq.kernels.viterbi import encode_tiles
 from ernieq.trellis import (
     TILE_SIDE,
@@ -62,7 +62,7 @@ def block_ldl_factor(hessian: Tensor, damping: float) -> Tensor:
     if not torch.isfinite(wide).all():
         raise NonFiniteError(f"a Hessian of width {width} holds NaN or infinity: the calibration overflowed")
     while True:
-        with one_thread_factoring(wide.device):
+        with one_thread(wide.device):
             cholesky, failed = torch.linalg.cholesky_ex(damped(wide, damping))
         if not failed:
             break

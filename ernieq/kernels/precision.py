@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+_FEW_ROWS = 256
+
 
 @contextmanager
 def float32_products(device: torch.device, *, tensor_cores: bool) -> Iterator[None]:
@@ -26,11 +28,12 @@ def float32_products(device: torch.device, *, tensor_cores: bool) -> Iterator[No
 
 
 @contextmanager
-def one_thread_factoring(device: torch.device) -> Iterator[None]:
-    """Let a CPU factor and solve with one thread: the order of LAPACK's sums is that of its number of threads.
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let a CPU work with one thread where the order of the sums would be that of the number of threads.
 
-    Products of matrices and sums along an axis need no such care: threads share out their results, not the
-    terms of a sum. The setting is the process's and is put back at the end.
+    LAPACK's factoring and solving is such, and products with few rows. Other products of matrices and sums
+    along an axis need no such care: threads share out their results, not the terms of a sum. The setting is
+    the process's and is put back at the end.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -41,3 +44,16 @@ def one_thread_factoring(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def steady_products(rows: int, device: torch.device) -> Iterator[None]:
+    """Let products with so many rows be the same for any number of threads.
+
+    MKL takes another kernel for 5 to 7 and 9 to 11 rows if it has two threads; the bound leaves room for more.
+    """
+    if rows >= _FEW_ROWS:
+        yield
+        return
+    with one_thread(device):
+        yield

@@ -189,10 +189,10 @@ def read_calibration(raw: Mapping[str, Any], what: str) -> CalibrationRecord:
 
 
 def _calibration(raw: object, what: str) -> CalibrationRecord:
-    numbers = [_field(raw, key, int, what) for key in ("tokens", "windows", "seed")]
+    tokens, windows, seed = (_field(raw, key, int, what) for key in ("tokens", "windows", "seed"))
     assert isinstance(raw, dict), "its fields were read"
     hessians = None if raw.get("hessians") is None else _digests(raw, "hessians", what)
-    return CalibrationRecord(_digests(raw, "files", what), *numbers, hessians=hessians)
+    return CalibrationRecord(_digests(raw, "files", what), tokens, windows, seed, hessians)
 
 
 def _coverage(raw: dict[str, Any], what: str) -> Coverage:

@@ -151,7 +151,7 @@ def test_texts_of_one_name_are_told_apart(place: Path) -> None:
     for folder in ("a", "b"):
         (place / folder).mkdir()
         write_words(place / folder / "words.txt", seed=ord(folder))
-    first, second = (["--text", place / folder / "words.txt"] for folder in ("b", "a"))
+    first, second = (("--text", place / folder / "words.txt") for folder in ("b", "a"))
     done(quantize(place / "source", place / "two", *first, *second))
     assert "is reproduced" in done(reproduce(place / "two", *second, *first))  # the manifest's order counts
 
