@@ -11,7 +11,7 @@ from ernieq.calibrate.moments import Moments
 from ernieq.calibrate.precision import calibrating
 from ernieq.calibrate.routed import CHUNK_TOKENS, RoutedTokens
 from ernieq.calibrate.streams import Streams
-from ernieq.kernels.precision import steady_products
+from ernieq.kernels.precision import steady_modules, steady_products
 from ernieq.model import DecoderLayer, Mlp
 
 # Tokens of the whole layer that every expert is shown, so that one that was hardly chosen still has a Hessian
@@ -60,7 +60,9 @@ class MlpPass:
             inputs = self._norm(streams.load(streams.quantized, batch).float()).reshape(-1, width)
             wanted = self._norm(streams.load(streams.reference, batch).float()).reshape(-1, width)
             moments.add(inputs, residuals=wanted - inputs)
-            output = self._reference.mlp(wanted).view_as(streams.reference[batch])
+            experts = self._reference.mlp.experts if self._reference.is_moe else ()
+            with steady_modules(experts, self.device):
+                output = self._reference.mlp(wanted).view_as(streams.reference[batch])
             self._next.add(self._next.reference, batch, output)
             if self._reference.is_moe:
                 routing = self._quantized.mlp.route(inputs)

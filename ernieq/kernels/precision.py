@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 
 _FEW_ROWS = 256
 
@@ -57,3 +58,29 @@ def steady_products(rows: int, device: torch.device) -> Iterator[None]:
         return
     with one_thread(device):
         yield
+
+
+@contextmanager
+def steady_modules(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """``steady_products`` for whatever rows these modules are called with meanwhile."""
+    if device.type != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+
+    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if len(arguments[0]) < _FEW_ROWS:
+            torch.set_num_threads(1)
+
+    def after(*_: object) -> None:
+        torch.set_num_threads(threads)
+
+    hooks = []
+    for module in modules:
+        hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        torch.set_num_threads(threads)
