@@ -86,6 +86,12 @@ class BackendUnavailableError(ErnieqError):
     exit_code = 7
 
 
+class ReproductionError(ErnieqError):
+    """A conversion was run again and its bytes are not those of the packed checkpoint."""
+
+    exit_code = 8
+
+
 class InterruptedConversionError(ErnieqError):
     """A conversion was asked to stop, and has saved all finished work; the same call goes on with it."""
 

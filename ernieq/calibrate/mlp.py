@@ -11,6 +11,7 @@ from ernieq.calibrate.moments import Moments
 from ernieq.calibrate.precision import calibrating
 from ernieq.calibrate.routed import CHUNK_TOKENS, RoutedTokens
 from ernieq.calibrate.streams import Streams
+from ernieq.kernels.precision import steady_modules, steady_products
 from ernieq.model import DecoderLayer, Mlp
 
 # Tokens of the whole layer that every expert is shown, so that one that was hardly chosen still has a Hessian
@@ -59,7 +60,9 @@ class MlpPass:
             inputs = self._norm(streams.load(streams.quantized, batch).float()).reshape(-1, width)
             wanted = self._norm(streams.load(streams.reference, batch).float()).reshape(-1, width)
             moments.add(inputs, residuals=wanted - inputs)
-            output = self._reference.mlp(wanted).view_as(streams.reference[batch])
+            experts = self._reference.mlp.experts if self._reference.is_moe else ()
+            with steady_modules(experts, self.device):
+                output = self._reference.mlp(wanted).view_as(streams.reference[batch])
             self._next.add(self._next.reference, batch, output)
             if self._reference.is_moe:
                 routing = self._quantized.mlp.route(inputs)
@@ -134,9 +137,10 @@ class MlpPass:
                 coded, kept = self._quantized.mlp.experts[expert], iter(self._active.get(expert, ()))
                 for tokens, weights in routed.chunks(expert, number):
                     active = next(kept, None)
-                    if active is None:
-                        active = _activation(coded, self._norm(rows[tokens].float()))
-                    output = coded.down_proj(active) * weights[:, None]
+                    with steady_products(len(tokens), self.device):
+                        if active is None:
+                            active = _activation(coded, self._norm(rows[tokens].float()))
+                        output = coded.down_proj(active) * weights[:, None]
                     target.index_add_(0, tokens, output.to(target.dtype))
             if not self._next.resident:
                 self._next.store(self._next.quantized.view(-1, target.shape[1]), segment, target)
@@ -194,8 +198,9 @@ class MlpPass:
     def _activations(self, expert: int, inputs: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Input of the expert's down, and what the bf16 model's output has beyond the bf16 weight's on it."""
         plain, coded = self._reference.mlp.experts[expert], self._quantized.mlp.experts[expert]
-        active = _activation(coded, inputs)
-        return active, (_activation(plain, wanted) - active) @ plain.down_proj.weight.float().T
+        with steady_products(len(inputs), self.device):
+            active = _activation(coded, inputs)
+            return active, (_activation(plain, wanted) - active) @ plain.down_proj.weight.float().T
 
 
 def _mlp(layer: DecoderLayer, path: str) -> Mlp:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ernieq.kernels.precision import one_thread
+
 # A number that a GPU may not have worked out yet: nobody waits for it before it is needed on the processor.
 Scalar = float | Tensor
 
@@ -125,5 +127,6 @@ def corrected_weight(weight: Tensor, gram: Tensor, residual: Tensor, damping: fl
     ridge.diagonal().add_(damping * mean)
     # solve_ex does not look whether it succeeded, for which a GPU would have to be waited for. With any damping
     # it fails for a Hessian of zeros alone, which corrects nothing.
-    change: Tensor = torch.linalg.solve_ex(ridge, residual.double().T).result.T
+    with one_thread(ridge.device):
+        change: Tensor = torch.linalg.solve_ex(ridge, residual.double().T).result.T
     return weight + torch.where(mean > 0, change, 0.0).float()

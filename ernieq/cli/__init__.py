@@ -32,6 +32,7 @@ SECTIONS = (
             CommandEntry("eval-ppl", "Measure perplexity, and the divergence from the base model."),
             CommandEntry("inspect", "Show what is inside: bits, bytes and codes per group."),
             CommandEntry("verify", "Check hashes, shapes, scales and coverage."),
+            CommandEntry("reproduce", "Run the conversion again and compare the bytes."),
         ),
     ),
     CommandSection(

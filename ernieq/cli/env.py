@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from ernieq.kernels.backend import (
     Backend,
     default_threads,
     processor_features,
+    processor_name,
     resolve_backend,
     unusable_backend,
 )
@@ -59,13 +59,8 @@ def _versions() -> dict[str, str | None]:
 
 
 def _processor() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
     return {
-        "model": model,
+        "model": processor_name(),
         "architecture": platform.machine(),
         "system": platform.system(),
         "threads": default_threads(),

@@ -28,9 +28,19 @@ from ernieq.convert.recipe import (
     read_recipe,
     stated_parts,
 )
+from ernieq.convert.reproduce import (
+    check_arithmetic,
+    check_hessians,
+    check_source,
+    find_texts,
+    made_on_gpu,
+    recorded_recipe,
+    run_again,
+)
 from ernieq.convert.resources import check_writable
 from ernieq.convert.resume import other_job
 from ernieq.convert.scan import SourceScan
+from ernieq.convert.shard_match import FileMatch, match_packed
 from ernieq.convert.staging import ALLOCATION, Staging, staging_path
 from ernieq.convert.stored import SUMMARY_NAME, HessianDirectory
 from ernieq.convert.targets import Goal, Target, parse_bytes
@@ -49,6 +59,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "EncodeSettings",
+    "FileMatch",
     "Goal",
     "HessianDirectory",
     "HessianJob",
@@ -72,9 +83,12 @@ __all__ = [
     "audited",
     "audited_plan",
     "calibration_record",
+    "check_arithmetic",
+    "check_hessians",
     "check_output",
     "check_place",
     "check_preflight",
+    "check_source",
     "check_writable",
     "collect_statistics",
     "coverage_sentence",
@@ -82,11 +96,16 @@ __all__ = [
     "differences",
     "draw_sample",
     "estimate_seconds",
+    "find_texts",
     "job_identity",
+    "made_on_gpu",
     "make_plan",
+    "match_packed",
     "other_job",
     "parse_bytes",
     "read_recipe",
+    "recorded_recipe",
+    "run_again",
     "sample_tokens",
     "staged_bytes",
     "staging_path",

@@ -41,7 +41,13 @@ def draw_sample(checkpoint: Checkpoint, texts: Sequence[TextFile], recipe: Recip
 
 def calibration_record(sample: CalibrationSample) -> CalibrationRecord:
     """What the manifest says of a sample."""
-    files = {Path(path).name: digest for path, digest in sample.files}
+    files: dict[str, str] = {}
+    for path, digest in sample.files:
+        name, number = Path(path).name, 1
+        while name in files:  # texts of one name from two folders
+            number += 1
+            name = f"{Path(path).name} ({number})"
+        files[name] = digest
     return CalibrationRecord(files, sample.tokens, sample.windows.shape[0], sample.seed)
 
 

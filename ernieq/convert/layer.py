@@ -201,6 +201,12 @@ def _relative_error(streams: Streams) -> float:
     for batch in streams.batches():
         wanted = streams.load(streams.reference, batch).float()
         found = streams.load(streams.quantized, batch).float()
-        error = error + (found - wanted).square().sum(dtype=torch.float64)
-        power = power + wanted.square().sum(dtype=torch.float64)
+        error = error + _total((found - wanted).square())
+        power = power + _total(wanted.square())
     return float(error / power) if power > 0 else 0.0
+
+
+def _total(terms: Tensor) -> Tensor:
+    """Sum over the last axis first: threads share out tokens, where they would cut a single sum into parts."""
+    total: Tensor = terms.sum(dim=-1, dtype=torch.float64).sum()
+    return total

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from ernieq.convert.distill import TuningReport
 from ernieq.convert.groups import LayerReport, full_name
 from ernieq.convert.plan import Plan
 from ernieq.convert.workplace import Workplace
+from ernieq.kernels.backend import processor_name
 from ernieq.pack import CalibrationRecord, Manifest
 
 
@@ -72,6 +74,9 @@ class ConversionReport:
             "seconds": round(seconds, 1),
             "device": workplace.name,
             "search_arithmetic": workplace.search_arithmetic,
+            "vram_bytes": workplace.vram_bytes,  # decides how much is done at a time
+            "torch": str(torch.__version__),
+            "processor": processor_name(),
             "proxy_errors": {name: float(np.float32(error)) for name, error in self.errors.items()},
             "layers": [
                 {

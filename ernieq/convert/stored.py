@@ -28,7 +28,7 @@ from ernieq.convert.unit_store import Units
 from ernieq.encode import Batches, EncodeOptions
 from ernieq.errors import CheckpointError, FormatError
 from ernieq.model import DecoderLayer, ModelConfig
-from ernieq.pack import CalibrationRecord, RawTensor, little_endian_bytes, write_durably
+from ernieq.pack import CalibrationRecord, RawTensor, file_sha256, little_endian_bytes, write_durably
 from ernieq.pack.manifest import read_calibration
 from ernieq.untrusted import open_regular, read_json_object
 
@@ -200,15 +200,16 @@ class HessianDirectory:
 
     @property
     def record(self) -> CalibrationRecord:
-        """Where the Hessians come from, from ``calibration.json``.
+        """Where the Hessians come from, from ``calibration.json``, and what their files hash to.
 
         Raises:
             CheckpointError: it is missing or not JSON.
         """
         try:
-            return read_calibration(self.read_summary(), str(self._path / SUMMARY_NAME))
+            found = read_calibration(self.read_summary(), str(self._path / SUMMARY_NAME))
         except FormatError as error:
             raise CheckpointError(f"{self._unfinished} ({error})") from error
+        return replace(found, hessians=self.digests())
 
     @property
     def identity(self) -> dict[str, str]:
@@ -222,6 +223,25 @@ class HessianDirectory:
         except OSError:
             raise CheckpointError(self._unfinished) from None
         return {"Hessians": hashlib.sha256(raw).hexdigest()}
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self._path
+
+    def files(self) -> dict[str, Path]:
+        """The files of all layers, by name."""
+        return {path.name: path for path in sorted(self._path.glob("layer-*.safetensors"))}
+
+    def digests(self) -> dict[str, str]:
+        """sha256 (hex) of the files of all layers, by name: every byte is read.
+
+        Raises:
+            CheckpointError: one can't be read.
+        """
+        for path in self.files().values():
+            open_regular(path, CheckpointError).close()  # a pipe would be waited for
+        return {name: file_sha256(path) for name, path in self.files().items()}
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Read one layer's Hessians.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ernieq.errors import NonFiniteError
 from ernieq.kernels.backend import Backend
+from ernieq.kernels.precision import one_thread
 from ernieq.kernels.viterbi import encode_tiles
 from ernieq.trellis import (
     TILE_SIDE,
@@ -61,7 +62,8 @@ def block_ldl_factor(hessian: Tensor, damping: float) -> Tensor:
     if not torch.isfinite(wide).all():
         raise NonFiniteError(f"a Hessian of width {width} holds NaN or infinity: the calibration overflowed")
     while True:
-        cholesky, failed = torch.linalg.cholesky_ex(damped(wide, damping))
+        with one_thread(wide.device):
+            cholesky, failed = torch.linalg.cholesky_ex(damped(wide, damping))
         if not failed:
             break
         damping *= 10.0

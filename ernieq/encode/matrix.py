@@ -82,8 +82,14 @@ def encode_matrices(
 def proxy_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) / tr(W H W^T); the plain squared error where the Hessian is zero."""
     difference = weight - decoded
-    loss = ((difference @ hessian) * difference).sum()
-    power = ((weight @ hessian) * weight).sum()
+    loss = _total((difference @ hessian) * difference)
+    power = _total((weight @ hessian) * weight)
     if power <= 0:
-        loss, power = difference.square().sum(), weight.square().sum()
+        loss, power = _total(difference.square()), _total(weight.square())
     return float(loss / power) if power > 0 else 0.0
+
+
+def _total(terms: Tensor) -> Tensor:
+    """Sum of a matrix, row by row: threads share out rows, where they would cut a single sum into parts."""
+    total: Tensor = terms.sum(dim=1).sum()
+    return total

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from enum import StrEnum
+from pathlib import Path
 
 from ernieq.errors import BackendUnavailableError
 
@@ -61,6 +63,16 @@ def processor_features() -> dict[str, bool]:
     except ImportError:
         return {}
     return _native.processor_features()
+
+
+def processor_name() -> str:
+    """What the processor is called; empty where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def default_threads() -> int:

@@ -35,12 +35,27 @@ class Source:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """The text that the Hessians came from: sha256 (hex) by file, tokens, windows and their seed."""
+    """The text that the Hessians came from, and stored Hessians if they were used in its place.
+
+    Args:
+        files: sha256 (hex) of every text by file name, in the order in which they were read.
+        tokens: of the sample.
+        windows: of the sample.
+        seed: of the order of documents.
+        hessians: sha256 (hex) by file of stored Hessians; None if the text itself was run through the model.
+    """
 
     files: Mapping[str, str]
     tokens: int
     windows: int
     seed: int
+    hessians: Mapping[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; the key ``hessians`` is absent where none were used."""
+        fields = {**vars(self), "files": dict(self.files)}
+        stored = fields.pop("hessians")
+        return fields if stored is None else {**fields, "hessians": dict(stored)}
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The JSON object; symmetric to ``from_json``."""
         coverage = self.coverage or Coverage((), ())
-        calibration = None
-        if self.calibration is not None:
-            calibration = {**vars(self.calibration), "files": dict(self.calibration.files)}
+        calibration = None if self.calibration is None else self.calibration.to_json()
         return {
             "ernieq_version": self.ernieq_version,
             "format_version": self.format_version,
@@ -176,8 +189,10 @@ def read_calibration(raw: Mapping[str, Any], what: str) -> CalibrationRecord:
 
 
 def _calibration(raw: object, what: str) -> CalibrationRecord:
-    numbers = [_field(raw, key, int, what) for key in ("tokens", "windows", "seed")]
-    return CalibrationRecord(_digests(raw, "files", what), *numbers)
+    tokens, windows, seed = (_field(raw, key, int, what) for key in ("tokens", "windows", "seed"))
+    assert isinstance(raw, dict), "its fields were read"
+    hessians = None if raw.get("hessians") is None else _digests(raw, "hessians", what)
+    return CalibrationRecord(_digests(raw, "files", what), tokens, windows, seed, hessians)
 
 
 def _coverage(raw: dict[str, Any], what: str) -> Coverage:
