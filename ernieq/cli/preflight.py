@@ -122,7 +122,7 @@ def announce(prepared: Prepared, scan: SourceScan) -> None:
         progress.warn(warning)
     if not progress.on_terminal:
         size = f"{format_bytes(plan.output_bytes)} at {plan.bits_per_weight:.2f} bits per weight"
-        progress.line(f"plan: {size}, {needs}")
+        progress.finished(f"plan: {size}, {needs}")
         return
     progress.line(scan.headers())
     progress.line(coverage_sentence(audited_plan(prepared.run.checkpoint, plan)))
@@ -132,7 +132,9 @@ def announce(prepared: Prepared, scan: SourceScan) -> None:
 
 def conclude(run: ConversionRun, scan: SourceScan) -> None:
     """Say what was read of the source, and what has become of its tensors."""
-    run.progress.line(scan.summary())
+    run.progress.finished(scan.summary())
     coverage = PackedReader(run.out).manifest.coverage
     assert coverage is not None, "a manifest that was read has its coverage"
-    run.progress.line(coverage_sentence(coverage))
+    # What the model does not know may be a misspelt name: that is told into a pipe, too.
+    tell = run.progress.line if coverage.carried else run.progress.finished
+    tell(coverage_sentence(coverage))

@@ -12,7 +12,6 @@ import click
 import torch
 
 from ernieq.bundled import BUNDLED_PREFIX, DEFAULT_MODEL
-from ernieq.calibrate import TextFile
 from ernieq.cli.allocating import allocate, convert_in_rounds
 from ernieq.cli.allocation_options import chosen_target, target_options
 from ernieq.cli.calibrate import read_texts
@@ -183,6 +182,7 @@ def command(
     name = model or BUNDLED_PREFIX + DEFAULT_MODEL
     target = chosen_target(settings, bits, hessians)
     recipe = _recipe(bits, recipe_file, settings)
+    _check_texts(texts, hessians, settings)
     with progress_report(f"opening {name}", unit="weights") as progress, ExitStack() as stack:
         checkpoint = stack.enter_context(
             source_checkpoint(name, revision, headers_only=dry_run and target is None)
@@ -197,7 +197,7 @@ def command(
         if not dry_run:
             wanted = _wants_own_text(settings, given=bool(texts or hessians))
             texts += own_text(checkpoint.directory, out, recipe, device, progress, wanted=wanted)
-        calibration = _calibration(texts, hessians, settings)
+        calibration = read_texts(texts) if hessians is None else HessianDirectory(hessians)
         run = ConversionRun(
             checkpoint,
             name,
@@ -277,18 +277,17 @@ def _tune_settings(settings: dict[str, Any]) -> dict[str, Any]:
 def _wants_own_text(settings: dict[str, Any], *, given: bool) -> bool | None:
     """Whether the model is to write the calibration text; None if it may, where it can."""
     asked: bool | None = settings["own_text"]
-    if asked and given:
-        raise UsageError("--own-text means nothing beside --text and --hessians: leave one out")
     if asked is not None:
         return asked
     return None if PRESETS[PresetName(settings["preset"])].own_text and not given else False
 
 
-def _calibration(
-    texts: tuple[Path, ...], hessians: Path | None, settings: dict[str, Any]
-) -> list[TextFile] | HessianDirectory:
+def _check_texts(texts: tuple[Path, ...], hessians: Path | None, settings: dict[str, Any]) -> None:
+    """Refuse options of the calibration text that mean nothing beside one another."""
+    if settings["own_text"] and (texts or hessians):
+        raise UsageError("--own-text means nothing beside --text and --hessians: leave one out")
     if hessians is None:
-        return read_texts(texts)
+        return
     if settings["tune"]:
         raise UsageError("--tune needs the calibration text, and stored Hessians have none: leave one out")
     if texts or settings["windows"] or settings["window"]:
@@ -296,4 +295,3 @@ def _calibration(
             "--text, --windows and --window mean nothing beside --hessians: "
             "the sample was drawn when the Hessians were collected"
         )
-    return HessianDirectory(hessians)

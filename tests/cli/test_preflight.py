@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,9 +93,10 @@ def test_a_tensor_that_the_model_does_not_know_is_carried_and_named(source: Path
 
 
 def test_a_plan_in_one_line_comes_first_and_what_was_covered_last(source: Path, tmp_path: Path) -> None:
-    result = quantize(source, tmp_path / "packed")
+    result = quantize(source, tmp_path / "packed", "--verbose")
     done(result)
-    lines = result.stderr.splitlines()
+    told = re.compile(r"plan:|layer \d/\d: weight|source:|coverage:")
+    lines = [line for line in result.stderr.splitlines() if told.match(line)]
     assert [line.split(" ")[0] for line in lines] == ["plan:", *["layer"] * 3, "source:", "coverage:"]
     for words in ("bits per weight", "memory about", "disk", "more while it works", "time about"):
         assert words in lines[0]
@@ -129,7 +131,7 @@ def test_json_says_nothing_of_it_and_the_bytes_are_the_same(source: Path, tmp_pa
     done(quantize(source, tmp_path / "told"))
     result = quantize(source, tmp_path / "json", "--json")
     done(result)
-    assert {line.split(" ")[0] for line in result.stderr.splitlines()} == {"layer"}
+    assert result.stderr == ""
     pattern = "*.safetensors"
     assert file_hashes(tmp_path / "told", pattern) == file_hashes(tmp_path / "json", pattern)
 
@@ -140,7 +142,7 @@ def test_rows_of_zeros_are_told_of(source: Path, tmp_path: Path) -> None:
         tensors[UP][:] = 0
 
     change(source, clear)
-    result = quantize(source, tmp_path / "packed")
+    result = quantize(source, tmp_path / "packed", "--verbose")
     done(result)
     assert f"20 rows of zeros, in model.embed_tokens.weight (4 of 64), {UP} (all 16)" in result.stderr
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.hub_server import LocalHub
 from tests.pack.packed_model import pack_model, source_model
+from tests.tiny import write_tokenizer
 
 UNWANTED = ("pytorch_model.bin", "model.gguf", "modeling_ernie4_5.py", "extra.safetensors", "notes.txt")
 
@@ -22,6 +23,7 @@ UNWANTED = ("pytorch_model.bin", "model.gguf", "modeling_ernie4_5.py", "extra.sa
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     directory = tmp_path_factory.mktemp("hub")
     pack_model(source_model(directory / "source"), directory / "packed")
+    write_tokenizer(directory / "source", 64)
     shutil.copytree(directory / "source", directory / "gated")
     for name in UNWANTED:
         (directory / "source" / name).write_bytes(b"not wanted")

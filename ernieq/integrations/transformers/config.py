@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-import transformers
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ernieq.integrations.transformers.hook import METHOD
@@ -25,6 +25,6 @@ class ErnieqConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, quant_method: str = METHOD, **entries: Any) -> None:
-        check_version(transformers.__version__)
+        check_version(sys.modules["transformers"].__version__)
         check_format_version(entries.get("format_version"), "quantization_config of config.json")
         self.__dict__.update(quant_method=quant_method, **entries)

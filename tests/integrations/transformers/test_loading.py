@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-import transformers
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from ernieq.decode import TrellisEmbedding, TrellisExperts, TrellisLinear, TrellisWeight
@@ -203,7 +203,7 @@ def test_a_newer_format_version_is_refused_with_the_way_out(tmp_path: Path) -> N
 def test_a_transformers_out_of_range_is_refused_with_the_way_out(
     version: str, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
     with pytest.raises(BackendUnavailableError, match=rf"transformers {version} can't .*; pip install 'transf"):
         load(packed)
 
