@@ -7,6 +7,7 @@ is wrong, but not which tensor, and it does not let go of its mapping. Runs with
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -69,6 +70,7 @@ class Shard:
         Raises:
             SourceChangedError: the file is gone, or no longer the one whose header was read.
             CheckpointError: it can't be mapped.
+            MemoryError: the system has no memory for the mapping.
         """
         if self._map is None:
             with open_regular(self.path, SourceChangedError) as file:
@@ -76,6 +78,8 @@ class Shard:
                 try:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                        raise MemoryError(f"{self.path} can't be mapped into memory") from None
                     raise CheckpointError(f"{self.path} can't be mapped into memory: {error}") from None
         return self._map
 

@@ -90,6 +90,7 @@ class Conversion:
         self._allocation = {} if allocation is None else {"allocation": dict(allocation)}
         self._checkpoint = checkpoint
         self._source_name = source_name
+        self._aux_files = checkpoint.aux_files()  # listed now: one that vanishes later must be missed
         self._recipe = recipe
         self._calibration = calibration
         self._listener = listener or Listener()
@@ -273,7 +274,7 @@ class Conversion:
                 writer.add_encoded(name, tuned.matrices[name] if tuned else progress.units.matrix(name))
                 progress.check_stop()
             coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors if tuned else {})
-            for path in self._checkpoint.aux_files():
+            for path in self._aux_files:
                 writer.copy_file(path)
             seconds = max(0.0, time.monotonic() - order.started)
             manifest = self._manifest(report, coverage, hashes.result(), seconds)

@@ -47,7 +47,8 @@ def _remedy(error: StorageError, missing_bytes: Callable[[], int]) -> str:
             count = missing_bytes()
         except OSError:
             count = 0
-        return f"free {format_bytes(count)} there" if count else "free some space there"
+        # A hundredth more, as three digits may be rounded down.
+        return f"free {format_bytes(count + count // 100)} there" if count else "free some space there"
     return "make it writable" if number in _REFUSED else "see to the disk"
 
 

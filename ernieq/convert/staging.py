@@ -217,9 +217,7 @@ class Staging:
                     f"{self.out} is being written by {holder}: wait for it, or choose another --out"
                 ) from None
             if _same_file(file, self.path / _LOCK):
-                with suppress(
-                    OSError
-                ):  # a full disk: the lock holds without a name too
+                with suppress(OSError):  # a full disk: the lock holds without a name too
                     file.truncate(0)
                     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return file
