@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.cli.quantizing import done, quantize
 from tests.convert.conversions import file_hashes
 
-SMALL = {"layers": 2, "experts": 2, "chosen": 1, "shared_experts": 0}
+SMALL: dict[str, Any] = {"layers": 2, "experts": 2, "chosen": 1, "shared_experts": 0}
 AGAIN = "and run the same command again: "
 KEPT = "% of the weights are encoded, kept in "
 

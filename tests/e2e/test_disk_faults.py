@@ -8,15 +8,17 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
-from ernieq.convert import snapshots
+from ernieq.calibrate import LayerStatistics
+from ernieq.convert import HessianDirectory, snapshots
 from ernieq.errors import OutputExistsError, StorageError
-from tests.cli.quantizing import done, quantize, refused
-from tests.convert.conversions import convert, quick_recipe, write_words
+from tests.cli.quantizing import done, quantize, refused, run
+from tests.convert.conversions import convert, file_hashes, quick_recipe, write_words
 from tests.convert.faults import RefusingDisk, while_encoding
 from tests.convert.file_systems import as_nobody, mounted
 from tests.e2e.resuming import AGAIN, KEPT, SMALL, raising, resumed, unit_count, weights
@@ -109,21 +111,12 @@ def test_a_file_system_that_turns_read_only_keeps_what_was_finished(
     source: Path, tmp_path: Path, wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "packed"
-    over: list[Iterator[Path]] = []
-
-    def turn() -> None:
-        # Nothing that is open for writing can be remounted, so a read-only one is laid over the units.
-        over.append(mounted(out.with_name("packed.partial") / "units", "size=1m,ro"))
-        over[0].__enter__()  # type: ignore[attr-defined]
-
-    with monkeypatch.context() as patch:
-        while_encoding(patch, 5, turn)
-        try:
-            told = ("Read-only file system; make it writable", AGAIN, KEPT)
-            refused(quantize(source, out), 5, *told)
-        finally:
-            for mount in over:
-                mount.__exit__(None, None, None)  # type: ignore[attr-defined]
+    units = out.with_name("packed.partial") / "units"
+    with ExitStack() as stack, monkeypatch.context() as patch:
+        # Nothing that is open for writing can be remounted, so a read-only file system is laid over the units.
+        while_encoding(patch, 5, lambda: stack.enter_context(mounted(units, "size=1m,ro")))
+        told = ("Read-only file system; make it writable", AGAIN, KEPT)
+        refused(quantize(source, out), 5, *told)
     resumed(source, out, wanted)
 
 
@@ -183,3 +176,30 @@ def test_a_job_that_can_not_be_read_is_not_taken_for_one_that_never_began(
         refused(quantize(source, out), 5, "can't read", "job.json", os.strerror(errno.EIO))
     assert unit_count(out) == finished > 0
     resumed(source, out, wanted)
+
+
+def test_hessians_that_were_collected_before_the_disk_was_full_are_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calibrate(out: Path) -> Result:
+        options = ("--windows", "4", "--window", "32", "--threads", "1", "--device", "cpu")
+        return run("calibrate", source, "--text", tmp_path / "words.txt", *options, "--out", out)
+
+    done(calibrate(tmp_path / "whole"))
+    out = tmp_path / "hessians"
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots, "PATIENCE", 0)
+        genuine = HessianDirectory.write_layer
+
+        def write_layer(self: HessianDirectory, index: int, statistics: LayerStatistics) -> str:
+            if index == 1:
+                RefusingDisk(patch, 1, errno.ENOSPC)
+            return genuine(self, index, statistics)
+
+        patch.setattr(HessianDirectory, "write_layer", write_layer)
+        told = ("No space left on device; free some space there", AGAIN, "1 of 2 layers are finished, kept in ")
+        refused(calibrate(out), 5, *told)
+    again = calibrate(out)
+    done(again)
+    assert "1 of 2 layers are finished" in again.stderr
+    assert file_hashes(out) == file_hashes(tmp_path / "whole")
