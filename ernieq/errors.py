@@ -7,6 +7,8 @@ our own invariants.
 
 from __future__ import annotations
 
+import errno
+
 
 class ErnieqError(Exception):
     """Base of all errors that are reported to the user in one sentence."""
@@ -40,6 +42,10 @@ class ShapeError(CheckpointError):
 
 class NonFiniteError(CheckpointError):
     """A weight is NaN or infinite."""
+
+
+class SourceChangedError(CheckpointError):
+    """A file of the source vanished, or was changed, while it was in use."""
 
 
 class TextError(ErnieqError):
@@ -96,3 +102,19 @@ class InterruptedConversionError(ErnieqError):
     """A conversion was asked to stop, and has saved all finished work; the same call goes on with it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def memory_fault(error: BaseException) -> str | None:
+    """Whose memory ran out, in words; None if the error is another one.
+
+    Python, the system and torch each say it in their own way; torch has no class for the processor's memory.
+    """
+    words = str(error)
+    match error:
+        case MemoryError() | OSError(errno=errno.ENOMEM):
+            return "the memory of this machine ran out"
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError":
+            return "the memory of the GPU ran out"
+        case RuntimeError() if "DefaultCPUAllocator" in words or "can't start new thread" in words:
+            return "the memory of this machine ran out"
+    return None

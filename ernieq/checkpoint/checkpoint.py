@@ -115,6 +115,17 @@ class Checkpoint:
         tensor = view_tensor(*self._place(name))
         return tensor if dtype is None else tensor.to(dtype)
 
+    def copy(self, name: str) -> Tensor:
+        """A tensor as stored, in memory of its own.
+
+        Raises:
+            MissingTensorError: there is no such tensor.
+            SourceChangedError: its file is gone, or no longer the one that was opened.
+        """
+        from ernieq.checkpoint.tensors import read_tensor
+
+        return read_tensor(*self._place(name))
+
     def read_bytes(self, name: str) -> memoryview:
         """A tensor's bytes, little-endian and row-major, as a read-only view of the mapping."""
         shard, entry = self._place(name)
@@ -130,7 +141,7 @@ class Checkpoint:
             NonFiniteError: it holds NaN or infinity.
         """
         self._check(name, spec)
-        stored = self.read(name)
+        stored = self.copy(name)
         low, high = stored.aminmax()  # NaN wins both, so no temporary of the tensor's size is needed
         if not (low.isfinite() and high.isfinite()):
             bad = stored.numel() - int(stored.isfinite().sum())
@@ -139,7 +150,7 @@ class Checkpoint:
                 "infinite; only finite weights are allowed"
             )
         self.on_parameter(name, stored)
-        return stored.to(dtype, copy=True)
+        return stored.to(dtype)
 
     def audit(self) -> SourceAudit:
         """Compare names, shapes and dtypes with what the configuration calls for, without reading data.
@@ -181,6 +192,15 @@ class Checkpoint:
     def shard_files(self) -> list[Path]:
         """The files that hold weights."""
         return [shard.path for shard in self._shards]
+
+    def check_unchanged(self) -> None:
+        """Look whether all shards are still the files whose headers were read, by their size and date.
+
+        Raises:
+            SourceChangedError: one of them is not.
+        """
+        for shard in self._shards:
+            shard.check_unchanged()
 
     def release(self) -> None:
         """Let go of all mappings, so that pages already read no longer count as this process's memory.

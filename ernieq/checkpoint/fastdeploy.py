@@ -72,6 +72,10 @@ class FastDeployCheckpoint(Checkpoint):
         tensor = self._decoded(self._entry(name))
         return tensor if dtype is None else tensor.to(dtype)
 
+    def copy(self, name: str) -> Tensor:
+        """A tensor, decoded, in memory of its own."""
+        return self.read(name).clone()
+
     def read_bytes(self, name: str) -> memoryview:
         """A tensor's bytes as an ordinary checkpoint holds them."""
         tensor = self.read(name).contiguous()

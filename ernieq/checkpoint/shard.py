@@ -7,14 +7,15 @@ is wrong, but not which tensor, and it does not let go of its mapping. Runs with
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ernieq.errors import CheckpointError
+from ernieq.errors import CheckpointError, SourceChangedError
 from ernieq.untrusted import open_regular, parse_json_object, paused_collector
 
 DTYPE_BYTES = {
@@ -56,29 +57,72 @@ class Shard:
         """
         self.path = path
         with paused_collector():
-            self._size, table, self._data_begin = _read_table(path)
+            status, table, self._data_begin = _read_table(path)
+            self._size, self._changed = status.st_size, status.st_mtime_ns
             self.metadata = _metadata(table.pop("__metadata__", {}), path)
             self.entries = {name: self._entry(name, fields) for name, fields in table.items()}
         self._check_cover()
         self._map: mmap.mmap | None = None
 
     def mapping(self) -> mmap.mmap:
-        """The whole file, mapped read-only. Buffers made from it keep it alive after ``release``."""
+        """The whole file, mapped read-only. Buffers made from it keep it alive after ``release``.
+
+        Raises:
+            SourceChangedError: the file is gone, or no longer the one whose header was read.
+            CheckpointError: it can't be mapped.
+            MemoryError: the system has no memory for the mapping.
+        """
         if self._map is None:
-            try:
-                with open_regular(self.path, CheckpointError) as file:
+            with open_regular(self.path, SourceChangedError) as file:
+                self._check_same(file)
+                try:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{self.path} can't be mapped into memory: {error}") from None
-            if len(self._map) != self._size:
-                raise CheckpointError(
-                    f"{self.path} changed while it was in use: {len(self._map)} bytes, it had {self._size}"
-                )
+                except (OSError, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                        raise MemoryError(f"{self.path} can't be mapped into memory") from None
+                    raise CheckpointError(f"{self.path} can't be mapped into memory: {error}") from None
         return self._map
+
+    def read_into(self, entry: ShardEntry, buffer: memoryview) -> None:
+        """Copy a tensor's bytes. A file that is cut off meanwhile would kill who reads its mapping.
+
+        Args:
+            entry: the tensor.
+            buffer: writable bytes, as many as the tensor has.
+
+        Raises:
+            SourceChangedError: the file is gone, or no longer the one whose header was read.
+        """
+        with open_regular(self.path, SourceChangedError) as file:
+            file.seek(entry.begin)
+            done = 0
+            while done < len(buffer):
+                try:
+                    count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+                except OSError as error:
+                    raise SourceChangedError(f"{self.path} can't be read: {error.strerror}") from None
+                if not count:
+                    break
+                done += count
+            self._check_same(file)  # behind the reading: what was read is what the file held all the time
+
+    def check_unchanged(self) -> None:
+        """Raise SourceChangedError if the file is gone, or no longer the one whose header was read."""
+        with open_regular(self.path, SourceChangedError) as file:
+            self._check_same(file)
 
     def release(self) -> None:
         """Let go of the mapping; it is unmapped once nothing is made of it any more, and may come back."""
         self._map = None
+
+    def _check_same(self, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
+        if status.st_size != self._size:
+            raise SourceChangedError(
+                f"{self.path} changed while it was in use: {status.st_size} bytes, it had {self._size}"
+            )
+        if status.st_mtime_ns != self._changed:
+            raise SourceChangedError(f"{self.path} changed while it was in use: it was written to")
 
     def _entry(self, name: str, fields: Any) -> ShardEntry:
         check_tensor_name(name, self.path)
@@ -130,11 +174,12 @@ def check_tensor_name(name: str, path: Path) -> None:
         raise CheckpointError(f"the tensor name {name[:60]!a} in {path} is not a line of printable text")
 
 
-def _read_table(path: Path) -> tuple[int, dict[str, Any], int]:
-    """File size in bytes, the parsed header, and where the data begins."""
+def _read_table(path: Path) -> tuple[os.stat_result, dict[str, Any], int]:
+    """Size and date of the file, the parsed header, and where the data begins."""
     try:
         with open_regular(path, CheckpointError) as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             length = int.from_bytes(file.read(_PREFIX_BYTES), "little")
             if size < _PREFIX_BYTES or length > size - _PREFIX_BYTES:
                 raise CheckpointError(
@@ -150,7 +195,7 @@ def _read_table(path: Path) -> tuple[int, dict[str, Any], int]:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from None
     if text[:1] != b"{":
         raise CheckpointError(f"the header of {path} is corrupt: it does not begin with '{{'")
-    return size, parse_json_object(text, f"the header of {path}", CheckpointError), _PREFIX_BYTES + length
+    return status, parse_json_object(text, f"the header of {path}", CheckpointError), _PREFIX_BYTES + length
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:

@@ -17,6 +17,18 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 
 
+def read_tensor(shard: Shard, entry: ShardEntry) -> Tensor:
+    """A tensor, in memory of its own.
+
+    Raises:
+        SourceChangedError: the file is gone, or no longer the one that was opened.
+    """
+    tensor = torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
+    if tensor.numel():
+        shard.read_into(entry, tensor.view(-1).view(torch.uint8).numpy().data)
+    return tensor
+
+
 def view_tensor(shard: Shard, entry: ShardEntry) -> Tensor:
     """A tensor on the read-only mapping of its file; writing into it would crash the process.
 

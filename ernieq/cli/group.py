@@ -13,11 +13,19 @@ import click
 from click.shell_completion import CompletionItem
 
 from ernieq.cli.verbosity import verbosity_options
-from ernieq.errors import ErnieqError, InterruptedConversionError, StorageError
+from ernieq.errors import (
+    BackendUnavailableError,
+    ErnieqError,
+    InterruptedConversionError,
+    StorageError,
+    memory_fault,
+)
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, what a shell reports for Ctrl-C
 ARGUMENTS = "ernieq.arguments"  # under which the context keeps the words of the command line
 INTERNAL_ERROR_EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+
+_MEMORY_REMEDY = "end other programs, or raise the limit of the container, and run the same command again"
 
 _STORAGE_ERRNOS = {
     errno.ENOSPC: "the disk is full",
@@ -135,6 +143,8 @@ def _sentence(error: BaseException) -> tuple[str, int]:
             return f"Error: {error}", error.exit_code
         case KeyboardInterrupt():
             return "Interrupted: stopped before the command had finished", INTERRUPTED_EXIT_CODE
+        case _ if fault := memory_fault(error):
+            return f"Error: {fault}; {_MEMORY_REMEDY}", BackendUnavailableError.exit_code
         case OSError(errno=int(number)) if number in _STORAGE_ERRNOS:
             place = f"{error.filename}: " if error.filename else ""
             return f"Error: {place}{_STORAGE_ERRNOS[number]}", StorageError.exit_code

@@ -215,7 +215,7 @@ def command(
         started = time.monotonic()
         allocated = allocate(run, recipe, target, _pinned(recipe_file, settings)) if target else None
         allocation = allocated.allocation if allocated else None
-        measuring = time.monotonic() - started
+        measuring = max(0.0, time.monotonic() - started)
         prepared = prepare(run, recipe, allocated, measuring)
         if dry_run:
             print_dry_run(prepared, as_json=as_json)
@@ -229,7 +229,7 @@ def command(
             report = run.convert(recipe, allocation)
         if staging is not None:
             staging.remove()
-        seconds = time.monotonic() - started
+        seconds = max(0.0, time.monotonic() - started)
         if report.tuning is not None:
             progress.line(tuning_sentence(report.tuning))
         elif report.untuned:

@@ -10,6 +10,7 @@ from ernieq.calibrate import CalibrationSample, LayerStatistics, Streams
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.collect import collect_statistics
 from ernieq.convert.identity import Identity, job_identity
+from ernieq.convert.mishaps import mishaps_told
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.resume import begin_job, describe_job, same_job
 from ernieq.convert.snapshots import Snapshots
@@ -73,13 +74,19 @@ class HessianJob:
             return HessianDirectory(self.staging.out).read_summary()
         kept = begin_job(self.staging, job, shards, self.on_line)
         workplace = replace(self.workplace, vram_bytes=kept["vram_bytes"])
-        folder = self.staging.folder(_HESSIANS)
-        self._missing_layers(HessianDirectory(folder), sample, workplace, on_layer, on_notice)
-        layers = self._finished()
-        facts = summary([layers[index] for index in sorted(layers)])
-        self.staging.announce(HessianDirectory(folder).write_summary(facts), SUMMARY_NAME)
-        self.staging.publish(folder)
+        with mishaps_told(self._kept):
+            folder = self.staging.folder(_HESSIANS)
+            self._missing_layers(HessianDirectory(folder), sample, workplace, on_layer, on_notice)
+            layers = self._finished()
+            facts = summary([layers[index] for index in sorted(layers)])
+            self.staging.announce(HessianDirectory(folder).write_summary(facts), SUMMARY_NAME)
+            self.staging.publish(folder)
         return facts
+
+    def _kept(self) -> str:
+        """What is finished, and where; empty if nothing is."""
+        done, count = len(self._finished()), self.checkpoint.config.num_hidden_layers
+        return f"{done} of {count} layers are finished, kept in {self.staging.path}" if done else ""
 
     def _missing_layers(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from ernieq.convert.encoding import Encoding, JobProgress
 from ernieq.convert.groups import layer_of
 from ernieq.convert.identity import digest_of, job_identity, text_identity
 from ernieq.convert.listener import ConversionReport, Listener
-from ernieq.convert.output import check_output, check_place
+from ernieq.convert.mishaps import mishaps_told
+from ernieq.convert.output import check_output, check_place, missing_bytes
 from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.plan import make_plan
 from ernieq.convert.recipe import Recipe
@@ -31,7 +32,7 @@ from ernieq.convert.source_hashes import SourceHashes
 from ernieq.convert.staging import Staging
 from ernieq.convert.stored import HessianDirectory
 from ernieq.convert.tune import Tuned, refusal, tune_model
-from ernieq.convert.unit_store import DamagedUnitError, UnitStore
+from ernieq.convert.unit_store import DamagedUnitError, UnitStore, journalled_modules
 from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions
 from ernieq.errors import InterruptedConversionError
@@ -89,6 +90,7 @@ class Conversion:
         self._allocation = {} if allocation is None else {"allocation": dict(allocation)}
         self._checkpoint = checkpoint
         self._source_name = source_name
+        self._aux_files = checkpoint.aux_files()  # listed now: one that vanishes later must be missed
         self._recipe = recipe
         self._calibration = calibration
         self._listener = listener or Listener()
@@ -149,9 +151,15 @@ class Conversion:
         check_output(self._checkpoint, staging.out, self.plan, overwrite=order.overwrite, staging=staging.path)
         load_final_norm(self._checkpoint)  # nothing of a tied model reads it: say now if it is not finite
         self._begin(staging, job)
-        sample, shards = self._sample(), self._checkpoint.shard_files()
-        with torch.no_grad(), SourceHashes(shards, staging.journal) as hashes, BackgroundQueue() as queue:
-            progress = self._progress(order, digest_of(job["identity"]), queue)
+        with mishaps_told(lambda: self._kept(staging), lambda: missing_bytes(self.plan, staging.path)):
+            return self._convert(order, digest_of(job["identity"]))
+
+    def _convert(self, order: _Order, job: str) -> ConversionReport:
+        """Encode and write; a matrix that the disk has lost in between is encoded again."""
+        sample, journal = self._sample(), order.staging.journal
+        source = SourceHashes(self._checkpoint.shard_files(), journal, self._checkpoint.check_unchanged)
+        with torch.no_grad(), source as hashes, BackgroundQueue() as queue:
+            progress = self._progress(order, job, queue)
             before: int | None = None
             while True:
                 report = self._encode(sample, progress, before)
@@ -168,11 +176,13 @@ class Conversion:
 
         def check_stop() -> None:
             if order.should_stop():
-                raise InterruptedConversionError(f"stopped: {self._share_of(units)}, kept in {staging.path}")
+                raise InterruptedConversionError(
+                    f"stopped: {self._share_of(units.modules)}, kept in {staging.path}"
+                )
 
         units = UnitStore(staging.folder("units"), staging.journal, job, queue, say, check_stop)
         if units.modules:
-            say(f"resuming from {staging.path}: {self._share_of(units)}")
+            say(f"resuming from {staging.path}: {self._share_of(units.modules)}")
         snapshots = Snapshots(staging.folder("state"), staging.journal)
         return JobProgress(staging.journal, units, snapshots, queue, check_stop)
 
@@ -196,9 +206,14 @@ class Conversion:
         self._options = dataclasses.replace(self._options, memory_bytes=kept["encoding_bytes"])
         self._workplace = dataclasses.replace(self._workplace, vram_bytes=kept["vram_bytes"])
 
-    def _share_of(self, units: UnitStore) -> str:
+    def _kept(self, staging: Staging) -> str:
+        """What is finished, and where; empty if nothing is."""
+        modules = journalled_modules(staging.journal)
+        return f"{self._share_of(modules)}, kept in {staging.path}" if modules else ""
+
+    def _share_of(self, modules: Iterable[str]) -> str:
         """How far the encoding is, in words."""
-        done = sum(self.plan.module_weights.get(module, 0) for module in units.modules)
+        done = sum(self.plan.module_weights.get(module, 0) for module in modules)
         return f"{100 * done / self.plan.encoded_weights:.0f} % of the weights are encoded"
 
     def _why_untuned(self) -> str | None:
@@ -259,9 +274,9 @@ class Conversion:
                 writer.add_encoded(name, tuned.matrices[name] if tuned else progress.units.matrix(name))
                 progress.check_stop()
             coverage = keep_rest(self._checkpoint, self._coverage, writer, tuned.tensors if tuned else {})
-            for path in self._checkpoint.aux_files():
+            for path in self._aux_files:
                 writer.copy_file(path)
-            seconds = time.monotonic() - order.started
+            seconds = max(0.0, time.monotonic() - order.started)
             manifest = self._manifest(report, coverage, hashes.result(), seconds)
             writer.finish(
                 self._checkpoint.raw_config, manifest, card=order.card(report), on_verified=staging.announce

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,15 @@ class Journal:
         entry = {"event": event, **facts}
         line = memoryview(_line(entry))
         with self._lock, storage_errors(self._path):
-            while line:
-                line = line[self._file.write(line) :]
-            os.fsync(self._file.fileno())
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                with suppress(OSError):  # half a line would spoil the next one, if the disk takes one again
+                    self._file.truncate(before)
+                raise
             self._events.append(entry)
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:

@@ -48,12 +48,24 @@ def check_output(
     if out.exists() and not overwrite:
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
     place = next(parent for parent in target.parents if parent.exists())
-    free, needed = shutil.disk_usage(place).free, plan.output_bytes
-    if staging is not None:
-        present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        needed += max(0, plan.output_bytes + plan.state_bytes - present)
+    free, needed = shutil.disk_usage(place).free, needed_bytes(plan, staging)
     if free < needed + _SPARE_DISK_BYTES:
         raise StorageError(
             f"{place} has {free / 1e9:.2f} GB free; "
             f"the packed checkpoint and the work towards it need {needed / 1e9:.2f} GB"
         )
+
+
+def needed_bytes(plan: Plan, staging: Path | None) -> int:
+    """Disk that a conversion still takes: for the output, and for what is kept beside it meanwhile."""
+    if staging is None:
+        return plan.output_bytes
+    present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    return plan.output_bytes + max(0, plan.output_bytes + plan.state_bytes - present)
+
+
+def missing_bytes(plan: Plan, staging: Path) -> int:
+    """Bytes that must be freed on the disk of a staging directory before its conversion can go on."""
+    # A snapshot of the states is written before the last one goes, and both are asked for before a run begins.
+    needed = needed_bytes(plan, staging) + plan.state_bytes + _SPARE_DISK_BYTES
+    return max(0, needed - shutil.disk_usage(staging).free)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ernieq.convert.identity import Identity, differences
-from ernieq.convert.source_hashes import change_times, check_touched
+from ernieq.convert.source_hashes import change_dates, check_touched
 from ernieq.convert.staging import Staging
 from ernieq.errors import JobDiffersError
 
@@ -24,7 +24,7 @@ def describe_job(identity: Identity, shards: Sequence[Path], **last_bits: Any) -
     """
     return {
         "identity": identity,
-        "changed": change_times(shards),
+        "changed": change_dates(shards),
         "threads": torch.get_num_threads(),
         "last_bits": last_bits,
     }

@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -85,7 +86,9 @@ class Staging:
     ) -> None:
         try:
             if self._lock is not None and not self.has_work:
-                self.remove()
+                # An error on its way says more than that the same disk lets nothing be removed.
+                with suppress(*() if error is None else (StorageError,)):
+                    self.remove()
         finally:
             self.journal.close()
             self._unlock()
@@ -110,11 +113,17 @@ class Staging:
         self.write_json(_JOB, job)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """An object from a file of this directory; None if it is not there or not readable."""
+        """An object from a file of this directory; None if it is not there or holds none.
+
+        Raises:
+            StorageError: the disk refuses, which must not be taken for a job that never began.
+        """
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return None
+        except OSError as error:
+            raise StorageError(f"can't read {self.path / name}: {error.strerror}") from error
         return value if isinstance(value, dict) else None
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -208,8 +217,9 @@ class Staging:
                     f"{self.out} is being written by {holder}: wait for it, or choose another --out"
                 ) from None
             if _same_file(file, self.path / _LOCK):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                with suppress(OSError):  # a full disk: the lock holds without a name too
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
                 return file
             file.close()
         raise StorageError(f"{self.path / _LOCK} can't be locked: it is replaced again and again")

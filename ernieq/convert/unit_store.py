@@ -173,6 +173,11 @@ class UnitStore:
         return self._folder / f"{key}.safetensors"
 
 
+def journalled_modules(journal: Journal) -> set[str]:
+    """Full names of all matrices whose units a journal calls finished."""
+    return {name for event in journal.events(_UNIT) for name in event["modules"]}
+
+
 def _file_of(unit: Unit) -> TensorFile:
     tensors: dict[str, RawTensor] = {}
     note: dict[str, Any] = {}

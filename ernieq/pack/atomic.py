@@ -8,6 +8,7 @@ put back if the rename fails, and deleted last. A process that is killed leaves 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -29,6 +30,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.ENOMEM:  # nothing is wrong with the disk
+            raise
         raise StorageError(f"can't write {path}: {error.strerror or error}") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ernieq.errors import FormatError
+from ernieq.errors import FormatError, SourceChangedError
 from ernieq.pack.atomic import AtomicDirectory, storage_errors
 from ernieq.pack.header import RawTensor
 from ernieq.pack.json_file import dump_json
@@ -132,14 +132,20 @@ class PackedWriter:
 
         Raises:
             FormatError: the name is illegal or belongs to the checkpoint itself.
-            StorageError: the file can't be read or written.
+            SourceChangedError: the file can't be read.
+            StorageError: it can't be written.
         """
         name = check_file_name(path.name, "the packed checkpoint")
         if name in _RESERVED or ".safetensors" in name or name in self._files:
             raise FormatError(f"{name} can't be copied: the packed checkpoint has its own file of that name")
         copy = self._directory.path / name
-        with storage_errors(self._directory.target / name):
-            shutil.copyfile(path, copy)
+        try:
+            source = path.open("rb")
+        except OSError as error:
+            raise SourceChangedError(f"{path} can't be read: {error.strerror}") from error
+        with source, storage_errors(self._directory.target / name):
+            with copy.open("wb") as target:
+                shutil.copyfileobj(source, target)
             self._files[name] = file_sha256(copy)
 
     def finish(

@@ -1,4 +1,4 @@
-"""Kills a process that is none: from one operation of the disk on, every further one fails.
+"""Kills a process that is none, refuses operations of the disk, and lets things happen in mid-run.
 
 What a kill leaves behind is what the disk has at that moment: nobody cleans up. So the fault is no
 ``Exception``, and what catches it all the same (a context that is left) finds the disk gone.
@@ -6,6 +6,7 @@ What a kill leaves behind is what the disk has at that moment: nobody cleans up.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from ernieq.convert import groups
 
 _OPERATIONS: tuple[tuple[Any, str], ...] = (
     (os, "fsync"),
@@ -52,6 +55,47 @@ class Disk:
             raise KilledError(f"{name}, operation {self.count}")
 
         return operation
+
+
+class RefusingDisk:
+    """From one operation on, the disk refuses all that writes; a full one still lets files be removed.
+
+    Args:
+        monkeypatch: undoes it all.
+        first: number of the first operation that is refused, from 1.
+        number: the system's error number.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, number: int) -> None:
+        self._first, self._number = first, number
+        self.count = 0
+        removing = ("unlink", "rmtree")
+        for module, name in _OPERATIONS:
+            if number != errno.ENOSPC or name not in removing:
+                monkeypatch.setattr(module, name, self._refusing(getattr(module, name)))
+
+    def _refusing(self, genuine: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*arguments: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.count < self._first or options.get("ignore_errors"):
+                return genuine(*arguments, **options)
+            raise OSError(self._number, os.strerror(self._number))
+
+        return operation
+
+
+def while_encoding(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], Any]) -> None:
+    """Let something happen just before matrices are encoded for that time, from 1."""
+    genuine, calls = groups.__dict__["encode_matrices"], 0
+
+    def encode(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            happens()
+        return genuine(*arguments)
+
+    monkeypatch.setattr(groups, "encode_matrices", encode)
 
 
 def _tear(descriptor: int) -> None:

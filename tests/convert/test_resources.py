@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ernieq.convert.resources import Memory, available_memory, check_writable
 from ernieq.errors import StorageError
-from tests.convert.file_systems import mounted
+from tests.convert.file_systems import as_nobody, mounted
 
 GB = 10**9
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -109,19 +107,6 @@ def test_a_file_above_the_output_is_named(tmp_path: Path) -> None:
 def test_a_name_that_the_file_system_can_not_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=rf"written into {tmp_path}: File name too long"):
         check_writable(tmp_path / ("x" * 250))
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Not as root, who may write everywhere."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs users of Unix")
