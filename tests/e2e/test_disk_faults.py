@@ -25,18 +25,6 @@ from tests.e2e.resuming import AGAIN, KEPT, SMALL, raising, resumed, unit_count,
 from tests.tiny import write_tiny
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    write_words(tmp_path / "words.txt")
-    return write_tiny(tmp_path / "source", **SMALL)
-
-
-@pytest.fixture
-def wanted(source: Path, tmp_path: Path) -> dict[str, str]:
-    done(quantize(source, tmp_path / "whole"))
-    return weights(tmp_path / "whole")
-
-
 def fill(disk: Path, spare: int) -> Path:
     """A file that takes all space but a little."""
     filler = disk / "filler"

@@ -23,19 +23,6 @@ from tests.convert.faults import while_encoding
 from tests.e2e.resuming import AGAIN, KEPT, SMALL, raising, resumed, weights
 from tests.tiny import write_tiny
 
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    write_words(tmp_path / "words.txt")
-    return write_tiny(tmp_path / "source", **SMALL)
-
-
-@pytest.fixture
-def wanted(source: Path, tmp_path: Path) -> dict[str, str]:
-    done(quantize(source, tmp_path / "whole"))
-    return weights(tmp_path / "whole")
-
-
 MACHINE, GPU = "the memory of this machine ran out", "the memory of the GPU ran out"
 
 
