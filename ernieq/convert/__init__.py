@@ -12,8 +12,8 @@ from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output, check_place
-from ernieq.convert.plan import PartPlan, Plan, make_plan
-from ernieq.convert.preflight import audited_plan, check_preflight, sample_tokens, staged_bytes
+from ernieq.convert.plan import PartPlan, Plan, make_plan, sample_tokens
+from ernieq.convert.preflight import audited_plan, check_preflight, staged_bytes
 from ernieq.convert.presets import PRESETS, Preset, PresetName
 from ernieq.convert.recipe import (
     BITS_ALLOWED,

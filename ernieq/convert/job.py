@@ -23,7 +23,7 @@ from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.mishaps import mishaps_told
 from ernieq.convert.output import check_output, check_place, missing_bytes
 from ernieq.convert.overlap import BackgroundQueue
-from ernieq.convert.plan import make_plan
+from ernieq.convert.plan import make_plan, sample_tokens
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.rest import keep_rest, planned_coverage
 from ernieq.convert.resume import begin_job, describe_job, same_job
@@ -305,10 +305,8 @@ class Conversion:
 
     def _streamed_tokens(self) -> int:
         """Calibration tokens whose hidden states are held; none with stored Hessians."""
-        settings = self._recipe.calibration
-        if isinstance(self._calibration, HessianDirectory):
-            return 0
-        return settings.windows * min(settings.window, self._checkpoint.config.max_position_embeddings)
+        stored = isinstance(self._calibration, HessianDirectory)
+        return 0 if stored else sample_tokens(self._checkpoint.config, self._recipe)
 
     def _manifest(
         self, report: ConversionReport, coverage: Coverage, hashes: Mapping[str, str], seconds: float

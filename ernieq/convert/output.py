@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 
 from ernieq.checkpoint import Checkpoint
+from ernieq.convert.plain_output import refuse_overlap
 from ernieq.convert.plan import Plan
 from ernieq.convert.staging import staging_path
 from ernieq.errors import OutputExistsError, StorageError
 
-_SPARE_DISK_BYTES = 50_000_000
+# Tokenizer, manifest, file system's own; and what others may write meanwhile.
+SPARE_DISK_BYTES = 50_000_000
 
 
 def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
@@ -20,10 +22,8 @@ def check_place(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
         OutputExistsError: the output is the input or inside it, or exists, ``overwrite`` is false, and no
             unfinished work lies beside it.
     """
-    target, source = out.resolve(), checkpoint.directory.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise OutputExistsError(f"the output {out} is, holds or lies in the input {checkpoint.directory}")
-    if out.exists() and not overwrite and not staging_path(target).exists():
+    refuse_overlap(checkpoint.directory, out)
+    if out.exists() and not overwrite and not staging_path(out.resolve()).exists():
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
 
 
@@ -49,7 +49,7 @@ def check_output(
         raise OutputExistsError(f"the output {out} exists; pass --overwrite to replace it")
     place = next(parent for parent in target.parents if parent.exists())
     free, needed = shutil.disk_usage(place).free, needed_bytes(plan, staging)
-    if free < needed + _SPARE_DISK_BYTES:
+    if free < needed + SPARE_DISK_BYTES:
         raise StorageError(
             f"{place} has {free / 1e9:.2f} GB free; "
             f"the packed checkpoint and the work towards it need {needed / 1e9:.2f} GB"
@@ -60,12 +60,19 @@ def needed_bytes(plan: Plan, staging: Path | None) -> int:
     """Disk that a conversion still takes: for the output, and for what is kept beside it meanwhile."""
     if staging is None:
         return plan.output_bytes
-    present = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-    return plan.output_bytes + max(0, plan.output_bytes + plan.state_bytes - present)
+    return plan.output_bytes + max(0, plan.output_bytes + plan.state_bytes - directory_bytes(staging))
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory; none if it is not there."""
+    try:
+        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    except OSError:
+        return 0
 
 
 def missing_bytes(plan: Plan, staging: Path) -> int:
     """Bytes that must be freed on the disk of a staging directory before its conversion can go on."""
     # A snapshot of the states is written before the last one goes, and both are asked for before a run begins.
-    needed = needed_bytes(plan, staging) + plan.state_bytes + _SPARE_DISK_BYTES
+    needed = needed_bytes(plan, staging) + plan.state_bytes + SPARE_DISK_BYTES
     return max(0, needed - shutil.disk_usage(staging).free)

@@ -78,6 +78,12 @@ class Plan:
         return 8 * self.output_bytes / self.parameters
 
 
+def sample_tokens(config: ModelConfig, recipe: Recipe) -> int:
+    """Calibration tokens, if the text is long enough."""
+    settings = recipe.calibration
+    return settings.windows * min(settings.window, config.max_position_embeddings)
+
+
 def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Plan a conversion; a checkpoint that can't be converted whole is refused here, before any work.
 
@@ -136,7 +142,7 @@ def source_bytes(checkpoint: Checkpoint) -> int:
 
 def _snapshot_bytes(config: ModelConfig, recipe: Recipe) -> int:
     """Two streams of hidden states."""
-    tokens = recipe.calibration.windows * min(recipe.calibration.window, config.max_position_embeddings)
+    tokens = sample_tokens(config, recipe)
     return 2 * tokens * config.hidden_size * stream_dtype(tokens, config.hidden_size).itemsize
 
 
@@ -154,7 +160,7 @@ def _memory(config: ModelConfig, recipe: Recipe) -> int:
 
 def _tuning_memory(config: ModelConfig, recipe: Recipe, parameters: int) -> int:
     """Peak of resident memory while tuning: model, head and states of the bf16 one, activations, logits."""
-    tokens = recipe.calibration.windows * min(recipe.calibration.window, config.max_position_embeddings)
+    tokens = sample_tokens(config, recipe)
     vocabulary = config.vocab_size * config.hidden_size
     inner = (config.moe_k + config.moe_num_shared_experts) * config.moe_intermediate_size
     active = config.num_hidden_layers * (12 * config.hidden_size + 4 * max(inner, config.intermediate_size))

@@ -11,19 +11,18 @@ from pathlib import Path
 from ernieq.calibrate import Streams, stream_dtype
 from ernieq.checkpoint import Checkpoint
 from ernieq.convert.audit import audited
-from ernieq.convert.output import check_place
-from ernieq.convert.plan import Plan
+from ernieq.convert.output import SPARE_DISK_BYTES, check_place, directory_bytes
+from ernieq.convert.plan import Plan, sample_tokens
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.resources import available_memory, check_writable
 from ernieq.convert.rest import planned_coverage
+from ernieq.convert.staging import staging_path
 from ernieq.convert.workplace import largest_layer
 from ernieq.errors import BackendUnavailableError, StorageError
 from ernieq.model import ModelConfig
 from ernieq.pack import Coverage
 from ernieq.records import format_bytes
 
-# Tokenizer, manifest, file system's own; and what others may write meanwhile.
-_SPARE_DISK_BYTES = 50_000_000
 _SNAPSHOTS = 2  # of both streams: the new one is whole before the old one goes
 _LEAST_PROGRAM_BYTES = 250_000_000
 _FLOAT32, _NARROW = 4, 2
@@ -77,12 +76,6 @@ def audited_plan(checkpoint: Checkpoint, plan: Plan) -> Coverage:
     return audited(checkpoint, planned_coverage(checkpoint, plan.modules))
 
 
-def sample_tokens(config: ModelConfig, recipe: Recipe) -> int:
-    """Calibration tokens, if the text is long enough."""
-    settings = recipe.calibration
-    return settings.windows * min(settings.window, config.max_position_embeddings)
-
-
 def staged_bytes(config: ModelConfig, plan: Plan, tokens: int) -> int:
     """Disk that is taken while a conversion works: matrices that are done, and the state to resume from."""
     itemsize = stream_dtype(tokens, config.hidden_size).itemsize
@@ -105,8 +98,8 @@ def check_disk(out: Path, plan: Plan, staged: int) -> None:
     """
     target = out.resolve()
     place = check_writable(target)
-    needed = plan.output_bytes + staged + _SPARE_DISK_BYTES
-    needed -= _directory_bytes(target.with_name(f"{target.name}.partial"))
+    needed = plan.output_bytes + staged + SPARE_DISK_BYTES
+    needed -= directory_bytes(staging_path(target))
     free = shutil.disk_usage(place).free
     if free < needed:
         raise StorageError(
@@ -152,10 +145,3 @@ def check_memory(plan: Plan, least: int) -> list[str]:
             "end other programs or pass fewer --windows if the system stops this one"
         ]
     return []
-
-
-def _directory_bytes(directory: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-    except OSError:
-        return 0
