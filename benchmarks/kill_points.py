@@ -1,12 +1,13 @@
 """Kill conversions at random moments, resume them, and compare the bytes; and what the journal costs.
 
     python benchmarks/kill_points.py --kills 200 --out FILE
+    python benchmarks/kill_points.py --device cuda --model DIR --kills 12 --longest 20 --out FILE
 
-A conversion of the bundled model is started again and again with the same command and killed with SIGKILL after
-a random time, counted from its start or from the first matrix that it encodes, until it gets to its end before
-the time is over. Every process is a fork of this one, which has done a whole conversion before: what is
+A conversion is started again and again with the same command and killed with SIGKILL after a random time,
+counted from its start or from the first matrix that it encodes, until it gets to its end before the time is
+over. On a processor every process is a fork of this one, which has done a whole conversion before: what is
 measured of a resumed run is its own work and no imports. A process that forks must have no threads, so all is
-done with one.
+done with one. On a GPU, which a fork can't use, every process is a new one.
 
 Compared are all files but ``ernieq.json`` byte by byte, and that without its time and duration.
 """
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from machine import describe_machine, write_result
+from machine import describe_gpu, describe_machine, write_result
 
 from ernieq.cli import main as ernieq_main
 from ernieq.convert import Staging, groups, job
@@ -41,23 +42,12 @@ from ernieq.convert.staging import staging_path
 from ernieq.convert.unit_store import Unit
 from ernieq.trellis import EncodedMatrix
 
-QUICK = [
-    "--bits",
-    "2",
-    "--state-bits",
-    "12",
-    "--windows",
-    "2",
-    "--window",
-    "256",
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-]
-FULL = ["--bits", "2", "--windows", "8", "--device", "cpu", "--threads", "1"]
+ON_CPU = ["--device", "cpu", "--threads", "1"]
+QUICK = ["--bits", "2", "--state-bits", "12", "--windows", "2", "--window", "256", *ON_CPU]
+FULL = ["--bits", "2", "--windows", "8", *ON_CPU]
+ON_GPU = ["--bits", "2", "--device", "cuda"]
 _WITHIN_ENCODING = 0.7  # share of the kills whose time counts from the first matrix that is encoded
-_FIRST, _KEPT = "first-encoding", "journal-at-the-end.jsonl"
+_FIRST, _KEPT, _CHILD = "first-encoding", "journal-at-the-end.jsonl", "--child"
 
 
 class Unstored:
@@ -82,7 +72,7 @@ class Unstored:
         return self._matrices[module]
 
 
-def without_journal() -> None:
+def without_journal(_: Path) -> None:
     """Let conversions of this process keep nothing."""
     patch.object(job, "UnitStore", Unstored).start()
     patch.object(Snapshots, "save").start()
@@ -107,8 +97,22 @@ def watched(work: Path) -> None:
     patch.object(Staging, "remove", keep_journal).start()
 
 
-def forked(arguments: list[str], log: Path, prepare: Callable[[], None]) -> int:
-    """Start ``ernieq`` in a process of its own; returns its number."""
+PREPARED: dict[str, Callable[[Path], None]] = {
+    "plain": lambda _: None,
+    "watched": watched,
+    "without-journal": without_journal,
+}
+
+
+def child_of(work: Path, prepared: str, arguments: list[str]) -> int:
+    """Start ``ernieq`` in a process of its own, prepared by a function of ``PREPARED``; returns its number."""
+    log = work / "log"
+    if "cuda" in arguments:
+        command = [sys.executable, __file__, _CHILD, str(work), prepared, *arguments]
+        to_log = (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        return os.posix_spawn(
+            sys.executable, command, os.environ, file_actions=[to_log, (os.POSIX_SPAWN_DUP2, 1, 2)]
+        )
     child = os.fork()
     if child:
         return child
@@ -117,7 +121,7 @@ def forked(arguments: list[str], log: Path, prepare: Callable[[], None]) -> int:
         os.dup2(file.fileno(), 2)
     code = 70
     try:
-        prepare()
+        PREPARED[prepared](work)
         ernieq_main(arguments, standalone_mode=False)
         code = 0
     except SystemExit as end:
@@ -184,7 +188,7 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
         (work / _FIRST).unlink(missing_ok=True)
         before = journalled(staging_path(out))
         begun = work / _FIRST if draw.random() < _WITHIN_ENCODING else None
-        child = forked(command, work / "log", lambda: watched(work))
+        child = child_of(work, "watched", command)
         done = finished(child, draw.uniform(0.0, most), begun)
         if before and (work / _FIRST).exists() and (noted := (work / _FIRST).read_text()):
             waits.append(float(noted))
@@ -197,10 +201,10 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
     return result
 
 
-def timed(work: Path, arguments: list[str], prepare: Callable[[], None]) -> tuple[float, float]:
+def timed(work: Path, arguments: list[str], prepared: str) -> tuple[float, float]:
     """Wall and processor seconds of a conversion that nobody kills."""
     before, started = os.times(), time.monotonic()
-    finished(forked(["quantize", "--out", str(work / "timed"), *arguments], work / "log", prepare), None)
+    finished(child_of(work, prepared, ["quantize", "--out", str(work / "timed"), *arguments]), None)
     after, seconds = os.times(), time.monotonic() - started
     shutil.rmtree(work / "timed")
     processor = after.children_user + after.children_system - before.children_user - before.children_system
@@ -211,8 +215,8 @@ def overhead(work: Path, arguments: list[str], pairs: int) -> dict[str, Any]:
     """Conversions with and without the journal, in turn."""
     runs: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
     for _ in range(pairs):
-        runs["with"].append(timed(work, arguments, lambda: None))
-        runs["without"].append(timed(work, arguments, without_journal))
+        runs["with"].append(timed(work, arguments, "plain"))
+        runs["without"].append(timed(work, arguments, "without-journal"))
         print(f"with and without the journal: {runs['with'][-1]}, {runs['without'][-1]}", flush=True)
     best = {name: [min(column) for column in zip(*figures, strict=True)] for name, figures in runs.items()}
     return {
@@ -222,34 +226,46 @@ def overhead(work: Path, arguments: list[str], pairs: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Kill, resume, compare, and print what was found."""
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", help="a directory; the bundled model if none is named")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--longest", type=float, default=5.0, help="kill within so many seconds")
     parser.add_argument("--pairs", type=int, default=2, help="of conversions with and without the journal")
     parser.add_argument("--minutes", type=float, default=25, help="begin no other conversion after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Kill, resume, compare, and print what was found."""
+    options = parsed()
     draw, lives = random.Random(options.seed), list[dict[str, Any]]()
+    model, on_gpu = [options.model] if options.model else [], options.device == "cuda"
+    quick, full = (model + arguments for arguments in ((ON_GPU, ON_GPU) if on_gpu else (QUICK, FULL)))
     until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         started = time.monotonic()
-        ernieq_main(["quantize", "--out", str(work / "packed"), *QUICK], standalone_mode=False)
+        uninterrupted = ["quantize", "--out", str(work / "packed"), *quick]
+        if on_gpu:
+            finished(child_of(work, "plain", uninterrupted))
+        else:
+            ernieq_main(uninterrupted, standalone_mode=False)
         whole, wanted = time.monotonic() - started, contents(work / "packed")
         shutil.rmtree(work / "packed")
         while sum(len(life["kills"]) for life in lives) < options.kills and time.monotonic() < until:
-            lives.append(one_life(work, QUICK, options.longest, draw))
+            lives.append(one_life(work, quick, options.longest, draw))
             equal = lives[-1]["contents"] == wanted
             print(f"conversion {len(lives)}: {len(lives[-1]['kills'])} kills, equal: {equal}", flush=True)
-        cost = overhead(work, FULL, options.pairs) if options.pairs else None
+        cost = overhead(work, full, options.pairs) if options.pairs else None
     waits = [seconds for life in lives for seconds in life["resume_seconds"]]
     result = {
-        "machine": describe_machine(),
-        "command": f"python benchmarks/kill_points.py --kills {options.kills}",
-        "options": QUICK,
+        "machine": describe_machine() | (describe_gpu() if on_gpu else {}),
+        "command": f"python benchmarks/kill_points.py {' '.join(sys.argv[1:])}",
+        "options": quick,
         "seconds_of_an_uninterrupted_run": whole,
         "conversions": len(lives),
         "kills": sum(len(life["kills"]) for life in lives),
@@ -269,4 +285,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [_CHILD]:
+        PREPARED[sys.argv[3]](Path(sys.argv[2]))
+        ernieq_main(sys.argv[4:])
     main()

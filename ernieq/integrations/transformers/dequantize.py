@@ -17,7 +17,8 @@ _ROUTER = ".mlp.gate."  # stays float32, as transformers keeps it
 def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Decode every packed matrix of a model, one after the other.
 
-    Weights are rounded to ``dtype`` from the same float32 numbers as by ``ernieq export``.
+    On the CPU weights are rounded to ``dtype`` from the same float32 numbers as by ``ernieq export``. On a GPU
+    the rotation adds in another order, and a few weights become the neighbouring number.
 
     Args:
         model: a loaded model; it is changed.

@@ -76,9 +76,12 @@ def test_a_model_on_the_gpu_is_saved_bit_for_bit(packed: Path) -> None:
     assert_same_bytes(stored_tensors(packed.with_name("saved")), stored_tensors(packed))
 
 
-def test_weights_dequantized_on_the_gpu_are_those_of_the_cpu(packed: Path) -> None:
+def test_weights_dequantized_on_the_gpu_are_those_of_the_cpu_but_for_the_last_bit(packed: Path) -> None:
     found = load(packed, torch.bfloat16, device_map="cuda").dequantize().state_dict()
     truth = load(packed, torch.bfloat16).dequantize().state_dict()
     assert found.keys() == truth.keys()
     for name, tensor in truth.items():
-        assert torch.equal(found[name].cpu(), tensor), name
+        # The rotation adds in another order; what is nearly halfway between two numbers may become the other.
+        other = found[name].cpu()
+        torch.testing.assert_close(other, tensor, rtol=2**-7, atol=1e-6)
+        assert (other != tensor).float().mean() < 0.005, name
