@@ -46,7 +46,7 @@ PHASES = (
     *((MlpPass, name, "expert moments") for name in ("experts_input_moments", "experts_down_moments")),
     (MlpPass, "add_experts", "expert outputs"),
     ("ernieq.convert.layer", "corrected_weight", "corrections"),
-    ("ernieq.encode.batch_matrix", "block_ldl_factors", "factors"),
+    ("ernieq.encode.curvature", "block_ldl_factors", "factors"),
     ("ernieq.encode.batch_matrix", "encode_ldlq_batch", "LDLQ but for the search"),
     ("ernieq.encode.batch_feedback", "search_tiles", "search"),
     ("ernieq.encode.batch_matrix", "pack_rings", "packing"),
