@@ -17,6 +17,7 @@ from ernieq.model import (
     ParameterRole,
     ParameterSpec,
     RmsNorm,
+    TokenEmbedding,
     expected_parameters,
     layer_parameters,
 )
@@ -42,7 +43,8 @@ def load_layer(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None = t
 def load_embedding(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Embedding:
     """The token embedding. Raises as `load_layer`."""
     config = checkpoint.config
-    embedding = nn.Embedding(config.vocab_size, config.hidden_size, device="meta")
+    with torch.device("meta"):
+        embedding = TokenEmbedding(config.vocab_size, config.hidden_size)
     return _fill(embedding, checkpoint, _specs(checkpoint, "model.embed_tokens."), "model.embed_tokens.", dtype)
 
 

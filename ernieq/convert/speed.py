@@ -187,9 +187,12 @@ class Speed:
         narrow = self._device.type == "cuda"
         with torch.device("meta"):
             layer = DecoderLayer(config, index).to(torch.bfloat16 if narrow else torch.float32)
-        layer = layer.to_empty(device=self._device).requires_grad_(False).eval()
-        for parameter in layer.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=self._generator)
+        drawn = {}
+        for name, tensor in layer.state_dict().items():  # Module.to_empty would import sympy first
+            drawn[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            drawn[name].normal_(std=tensor.shape[-1] ** -0.5, generator=self._generator)
+        layer.load_state_dict(drawn, assign=True)
+        layer.requires_grad_(False).eval()
         return narrow_layer(layer, self._device) if narrow else layer
 
     def _drawn(self, *shape: int) -> Tensor:

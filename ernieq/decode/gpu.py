@@ -74,8 +74,9 @@ def halve(x: Tensor) -> Rotated:
     """As ``rotate_half``, for rows that are rotated already: (N, C) float32."""
     from ernieq.kernels.token_step.cuda import Rotated
 
-    _, exponent = torch.frexp(x.abs().amax(dim=1))
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 4)  # (N,)
+    # By the bits: torch.ldexp runs on the current GPU, wherever its tensors are (torch 2.11; its issue 189567).
+    exponents = x.abs().amax(dim=1).view(torch.int32) >> 23
+    scale = ((exponents.clamp(20, 250) - 3) << 23).view(torch.float32)  # (N,), the largest becomes 8 to 16
     return Rotated((x / scale[:, None]).half(), scale)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ernieq.model.mlp import Experts, Mlp, Routing, SparseMlp
     from ernieq.model.rotary import Rotary
     from ernieq.model.stacked import StackedExperts
-    from ernieq.model.transformer import Decoder, DecoderLayer, ErnieForCausalLM, RmsNorm
+    from ernieq.model.transformer import Decoder, DecoderLayer, ErnieForCausalLM, RmsNorm, TokenEmbedding
 
 __all__ = [
     "Attention",
@@ -42,6 +42,7 @@ __all__ = [
     "Routing",
     "SparseMlp",
     "StackedExperts",
+    "TokenEmbedding",
     "expected_parameters",
     "layer_parameters",
 ]
@@ -52,7 +53,7 @@ _TORCH_MODULES = {
     "mlp": ("Experts", "Mlp", "Routing", "SparseMlp"),
     "rotary": ("Rotary",),
     "stacked": ("StackedExperts",),
-    "transformer": ("Decoder", "DecoderLayer", "ErnieForCausalLM", "RmsNorm"),
+    "transformer": ("Decoder", "DecoderLayer", "ErnieForCausalLM", "RmsNorm", "TokenEmbedding"),
 }
 _MODULE_OF = {name: module for module, names in _TORCH_MODULES.items() for name in names}
 

@@ -39,6 +39,15 @@ class RmsNorm(nn.Module):
         return self.weight * normed.to(states.dtype)
 
 
+class TokenEmbedding(nn.Embedding):
+    """``nn.Embedding`` that draws no weights on the meta device: for that torch would import its compiler."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, as torch does, if there are any."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderLayer(nn.Module):
     """Attention and a feed-forward part, each on the normalised hidden states, each added to them.
 
@@ -80,7 +89,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self._rotary = Rotary(config)
-        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -144,6 +144,18 @@ def test_the_same_conversion_gives_the_same_bytes(tiny: Tiny, tmp_path: Path) ->
     assert file_hashes(tmp_path / "one", "*.safetensors") == file_hashes(tmp_path / "again", "*.safetensors")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_gives_the_bytes_of_the_first(tiny: Tiny, tmp_path: Path) -> None:
+    names = [torch.cuda.get_device_name(index) for index in (0, 1)]
+    if names[0] != names[1]:
+        pytest.skip(f"needs two GPUs of one kind, and these are {names[0]} and {names[1]}")
+    source, text = tiny(hidden=128, expert_width=64), write_words(tmp_path / "words.txt", 4000)
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        convert_on(device, source, tmp_path / str(index), quick_recipe(windows=64), [text], VRAM)
+    assert file_hashes(tmp_path / "0", "*.safetensors") == file_hashes(tmp_path / "1", "*.safetensors")
+
+
 @pytest.mark.parametrize("after", [1, 4, 9, 16])
 def test_a_conversion_that_was_stopped_goes_on_to_the_same_bytes(
     tiny: Tiny, tmp_path: Path, after: int

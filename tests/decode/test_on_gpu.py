@@ -83,3 +83,16 @@ def test_a_way_back_to_the_cpu_is_refused_in_one_sentence() -> None:
     assert linear.scale.dtype is torch.float16
     with pytest.raises(BackendUnavailableError, match=r"can't be moved from cuda:0 to cpu"):
         linear.to("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("alike", [True, False])
+def test_experts_compute_the_same_on_a_gpu_that_is_not_the_current_one(alike: bool) -> None:
+    x, chosen = some_states(7, HIDDEN), routing(7)
+    experts = some_experts(3, alike=alike).to("cuda:1")
+    arguments = x.to("cuda:1"), type(chosen)(*(part.to("cuda:1") for part in chosen))
+    # What a kernel should have written, and has not because it ran elsewhere, is then not a number.
+    torch.full((64_000_000,), torch.nan, device="cuda:1")  # freed at once
+    found = experts(*arguments)
+    assert torch.cuda.current_device() == 0
+    assert relative_error(found.cpu(), some_experts(3, alike=alike)(x, chosen)) < 2e-3
