@@ -7,7 +7,7 @@ A conversion is started again and again with the same command and killed with SI
 counted from its start or from the first matrix that it encodes, until it gets to its end before the time is
 over. On a processor every process is a fork of this one, which has done a whole conversion before: what is
 measured of a resumed run is its own work and no imports. A process that forks must have no threads, so all is
-done with one. On a GPU, which a fork can't use, every process is a new one.
+done with one. On a GPU, which a fork can't use, every process is a new one, and its imports count.
 
 Compared are all files but ``ernieq.json`` byte by byte, and that without its time and duration.
 """
@@ -27,7 +27,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -47,7 +48,7 @@ QUICK = ["--bits", "2", "--state-bits", "12", "--windows", "2", "--window", "256
 FULL = ["--bits", "2", "--windows", "8", *ON_CPU]
 ON_GPU = ["--bits", "2", "--device", "cuda"]
 _WITHIN_ENCODING = 0.7  # share of the kills whose time counts from the first matrix that is encoded
-_FIRST, _KEPT, _CHILD = "first-encoding", "journal-at-the-end.jsonl", "--child"
+_STARTED, _FIRST, _KEPT, _CHILD = "started", "first-encoding", "journal-at-the-end.jsonl", "--child"
 
 
 class Unstored:
@@ -81,12 +82,16 @@ def without_journal(_: Path) -> None:
 
 def watched(work: Path) -> None:
     """Note when the first matrix is encoded, and keep the journal of a conversion that gets to its end."""
-    started, genuine, remove = time.monotonic(), vars(groups)["encode_matrices"], Staging.remove
+    started, genuine, remove = (
+        (work / _STARTED).stat().st_mtime,
+        vars(groups)["encode_matrices"],
+        Staging.remove,
+    )
 
     @functools.wraps(genuine)
     def encode(*arguments: Any, **options: Any) -> Any:
         if not (work / _FIRST).exists():
-            (work / _FIRST).write_text(str(time.monotonic() - started))
+            (work / _FIRST).write_text(str(time.time() - started))
         return genuine(*arguments, **options)
 
     def keep_journal(staging: Staging) -> None:
@@ -104,10 +109,15 @@ PREPARED: dict[str, Callable[[Path], None]] = {
 }
 
 
+def _on_gpu(arguments: list[str]) -> bool:
+    return arguments[arguments.index("--device") + 1] == "cuda"
+
+
 def child_of(work: Path, prepared: str, arguments: list[str]) -> int:
     """Start ``ernieq`` in a process of its own, prepared by a function of ``PREPARED``; returns its number."""
     log = work / "log"
-    if "cuda" in arguments:
+    (work / _STARTED).touch()
+    if _on_gpu(arguments):
         command = [sys.executable, __file__, _CHILD, str(work), prepared, *arguments]
         to_log = (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return os.posix_spawn(
@@ -190,6 +200,9 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
         begun = work / _FIRST if draw.random() < _WITHIN_ENCODING else None
         child = child_of(work, "watched", command)
         done = finished(child, draw.uniform(0.0, most), begun)
+        done = done or (
+            out.exists() and not staging_path(out).exists()
+        )  # killed when it had nothing left to do
         if before and (work / _FIRST).exists() and (noted := (work / _FIRST).read_text()):
             waits.append(float(noted))
         if done:
@@ -204,7 +217,7 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
 def timed(work: Path, arguments: list[str], prepared: str) -> tuple[float, float]:
     """Wall and processor seconds of a conversion that nobody kills."""
     before, started = os.times(), time.monotonic()
-    finished(child_of(work, prepared, ["quantize", "--out", str(work / "timed"), *arguments]), None)
+    finished(child_of(work, prepared, ["quantize", "--out", str(work / "timed"), *arguments]))
     after, seconds = os.times(), time.monotonic() - started
     shutil.rmtree(work / "timed")
     processor = after.children_user + after.children_system - before.children_user - before.children_system
@@ -226,7 +239,18 @@ def overhead(work: Path, arguments: list[str], pairs: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def log_told(work: Path) -> Iterator[None]:
+    """Print what a conversion said that failed."""
+    try:
+        yield
+    except SystemExit:
+        print((work / "log").read_text(encoding="utf-8")[-3000:], file=sys.stderr)
+        raise
+
+
 def parsed() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", help="a directory; the bundled model if none is named")
@@ -246,8 +270,7 @@ def main() -> None:
     model, on_gpu = [options.model] if options.model else [], options.device == "cuda"
     quick, full = (model + arguments for arguments in ((ON_GPU, ON_GPU) if on_gpu else (QUICK, FULL)))
     until = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    with tempfile.TemporaryDirectory() as folder, log_told(work := Path(folder)):
         started = time.monotonic()
         uninterrupted = ["quantize", "--out", str(work / "packed"), *quick]
         if on_gpu:
@@ -288,4 +311,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == [_CHILD]:
         PREPARED[sys.argv[3]](Path(sys.argv[2]))
         ernieq_main(sys.argv[4:])
-    main()
+    else:
+        main()

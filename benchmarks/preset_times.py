@@ -2,8 +2,9 @@
 
     python benchmarks/preset_times.py MODEL --device cuda --presets fast balanced best --out FILE
 
-The announced time is what ``ernieq quantize`` says before its first long step; the real one is what it says at
-the end, beside the seconds of the whole process, imports included.
+``ernieq quantize`` announces its time before its first long step: ``seconds`` are those from there to the end
+of the process, ``seconds_before`` those until then, with imports, the probe, and the text that a model writes
+for itself.
 """
 
 from __future__ import annotations
@@ -15,34 +16,30 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from machine import describe_gpu, describe_machine, write_result
 
 
-def timed(model: str, preset: str, device: str) -> dict[str, str | float]:
+def timed(model: str, preset: str, device: str) -> dict[str, Any]:
     """Convert once at 2 bits."""
     with tempfile.TemporaryDirectory() as folder:
-        options = [
-            "--bits",
-            "2",
-            "--preset",
-            preset,
-            "--device",
-            device,
-            "--verbose",
-            "--out",
-            f"{folder}/packed",
-        ]
-        command = [sys.executable, "-m", "ernieq.cli", "quantize", model, *options]
+        options = ["--bits", "2", "--preset", preset, "--device", device, "--verbose"]
+        command = [sys.executable, "-m", "ernieq.cli", "quantize", model, *options, "--out", f"{folder}/packed"]
         started = time.monotonic()
-        ended = subprocess.run(command, capture_output=True, text=True)
-        seconds = time.monotonic() - started
-    announced = re.search(r"time about (.+)$", ended.stderr, re.MULTILINE)
-    took = re.search(r", in (.+)$", ended.stdout, re.MULTILINE)
-    if ended.returncode or announced is None or took is None:
-        raise SystemExit(f"the conversion failed with status {ended.returncode}: {ended.stderr[-500:]}")
-    row = {"preset": preset, "announced": announced[1], "took": took[1], "process_seconds": seconds}
-    print(row, flush=True)
+        lines = []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                lines.append((time.monotonic() - started, line.rstrip()))
+    ended = time.monotonic() - started
+    announced = [(at, found[1]) for at, line in lines if (found := re.search(r"time about (.+)$", line))]
+    if process.returncode or not announced:
+        raise SystemExit(f"the conversion ended with status {process.returncode}: {lines[-3:]}")
+    (at, estimate), *_ = announced
+    row = {"preset": preset, "announced": estimate, "seconds": ended - at, "seconds_before": at}
+    steps = [f"    {when:7.2f} {line}" for when, line in lines if not line.startswith("  ")]
+    print(row, *steps, sep="\n", flush=True)
     return row
 
 

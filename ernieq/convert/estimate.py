@@ -7,18 +7,17 @@ import time
 
 import torch
 
-from ernieq.convert.distill import CHECKS, HELD_OUT
 from ernieq.convert.plan import Plan
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.speed import Speed
-from ernieq.convert.workload import encoded_groups, feed_forward
+from ernieq.convert.tune import fits_in_float32
+from ernieq.convert.tuning_speed import TuningSpeed
+from ernieq.convert.workload import encoded_groups
+from ernieq.convert.workplace import Workplace
 from ernieq.encode import EncodeOptions
 from ernieq.model import ModelConfig
 
 _HASHED_BYTES = 8_000_000
-# Time of tuning over that of its matrix products: softmax over the vocabulary, activations, the optimizer.
-# Measured on ernieq-nano on a CPU; a wider model has less beside its products, a GPU waits for small kernels.
-_BETWEEN_PRODUCTS = 1.9
 
 
 def estimate_seconds(
@@ -54,7 +53,8 @@ def estimate_seconds(
     if tokens:
         seconds += speed.calibration(tokens, length)
     if tuned:
-        seconds += speed.products(_tuning_products(config, recipe, tokens))
+        narrow = not fits_in_float32(config, Workplace.on(device))
+        seconds += TuningSpeed(config, recipe.tune, length, device, narrow=narrow).seconds(tokens)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what is free decides how much the conversion takes
     # The output is hashed when it is written and when it is verified.
@@ -67,16 +67,3 @@ def _hash_seconds() -> float:
     started = time.perf_counter()
     hashlib.sha256(block).digest()
     return (time.perf_counter() - started) / _HASHED_BYTES
-
-
-def _tuning_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Multiplications that take as long as tuning: the bf16 model once, steps, looks at held-out text."""
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    widths = (inner * active for inner, active in (feed_forward(config, index) for index in range(layers)))
-    active, head = layers * attention + 3 * hidden * sum(widths), hidden * config.vocab_size
-    settings = recipe.tune
-    # There, and back to inputs and to weights; the bf16 model's logits beside the quantized one's.
-    steps = settings.steps * settings.batch_tokens * (3 * active + 4 * head)
-    looks = (1 + min(CHECKS, settings.steps)) * tokens / HELD_OUT * (active + 2 * head)
-    return _BETWEEN_PRODUCTS * (tokens * active + steps + looks)

@@ -87,7 +87,7 @@ class Speed:
             side = _PRODUCT_SIDE[self._device.type]
             left, right = (self._drawn(side, side) for _ in range(2))
             with float32_products(self._device, tensor_cores=True):
-                self._product = self._seconds(lambda: left @ right) / side**3
+                self._product = measured_seconds(lambda: left @ right, self._device) / side**3
         return count * self._product
 
     def calibration(self, tokens: int, length: int) -> float:
@@ -160,9 +160,13 @@ class Speed:
         width, stack = weight.shape[1], {"probe": weight}
         hessian, signs = torch.eye(width, device=self._device), np.ones(width, dtype=np.int8)
         if many == 1:
-            return self._seconds(lambda: encode_matrices(stack, hessian, signs, code, self._options))
+            return measured_seconds(
+                lambda: encode_matrices(stack, hessian, signs, code, self._options), self._device
+            )
         stacks, hessians = [stack] * many, [hessian] * many
-        return self._seconds(lambda: encode_batch(stacks, hessians, signs, code, self._options))
+        return measured_seconds(
+            lambda: encode_batch(stacks, hessians, signs, code, self._options), self._device
+        )
 
     def _layer_seconds(self, config: ModelConfig, index: int, windows: int, length: int) -> float:
         """Calibrate a drawn layer whose matrices are all kept."""
@@ -198,12 +202,13 @@ class Speed:
     def _drawn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator, device=self._device)
 
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """The median of a few times, after one that is not counted."""
-        first = _timed(work, self._device)
-        if first > _LONG:
-            return first
-        return statistics.median(_timed(work, self._device) for _ in range(_REPEATS))
+
+def measured_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The median of a few times, after one that is not counted; the first, if it is long."""
+    first = _timed(work, device)
+    if first > _LONG:
+        return first
+    return statistics.median(_timed(work, device) for _ in range(_REPEATS))
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:

@@ -18,6 +18,7 @@ from ernieq.convert.teacher import Teacher
 from ernieq.convert.tunable import TunableModel
 from ernieq.convert.workplace import Workplace
 from ernieq.kernels.precision import float32_products
+from ernieq.model import ModelConfig, expected_parameters
 from ernieq.pack import RawTensor
 from ernieq.trellis import EncodedMatrix
 
@@ -81,8 +82,7 @@ def tune_model(
     windows = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     if len(windows) < 2:
         return Tuned(matrices, untuned="the calibration text is too short to hold some of it out")
-    device, parameters = workplace.device, sum(prod(checkpoint.info(name).shape) for name in checkpoint.names())
-    narrow = not _fits(_FLOAT32 * parameters, workplace)
+    device, narrow = workplace.device, not fits_in_float32(checkpoint.config, workplace)
     try:
         with float32_products(device, tensor_cores=True):
             teacher = Teacher(checkpoint, windows, device)
@@ -109,6 +109,12 @@ def _step_size(settings: TuneSettings, matrices: Mapping[str, EncodedMatrix]) ->
     weights = [matrix.packed.size / matrix.code.bits_per_weight for matrix in decoder]
     bits = sum(matrix.packed.size for matrix in decoder) / sum(weights) if decoder else 2.0
     return settings.learning_rate * 10 ** ((2 - bits) / 2)
+
+
+def fits_in_float32(config: ModelConfig, workplace: Workplace) -> bool:
+    """Whether a model can be tuned there in float32; else it is held in bfloat16."""
+    parameters = sum(prod(spec.shape) for spec in expected_parameters(config).values())
+    return _fits(_FLOAT32 * parameters, workplace)
 
 
 def _fits(model_bytes: int, workplace: Workplace) -> bool:
