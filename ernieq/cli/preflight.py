@@ -10,6 +10,7 @@ from ernieq.cli.conversion_output import needs_sentence, plan_table, print_plan
 from ernieq.cli.conversion_run import ConversionRun
 from ernieq.convert import (
     Allocation,
+    Estimate,
     HessianDirectory,
     Plan,
     Recipe,
@@ -18,7 +19,9 @@ from ernieq.convert import (
     check_preflight,
     coverage_sentence,
     draw_sample,
-    estimate_seconds,
+    estimate_time,
+    keep_pace,
+    remaining_seconds,
     sample_tokens,
     staged_bytes,
 )
@@ -54,7 +57,7 @@ class Prepared:
         config, stored = self.run.checkpoint.config, isinstance(self.run.calibration, HessianDirectory)
         return staged_bytes(config, self.plan, 0 if stored else sample_tokens(config, self.recipe))
 
-    def seconds(self) -> float:
+    def estimate(self) -> Estimate:
         """How long the conversion will take, from a probe of a few seconds.
 
         Raises:
@@ -64,7 +67,7 @@ class Prepared:
         windows = 0
         if not isinstance(run.calibration, HessianDirectory):
             windows = draw_sample(run.checkpoint, run.calibration, self.recipe).windows.shape[0]
-        return estimate_seconds(
+        return estimate_time(
             run.checkpoint.config,
             self.plan,
             self.recipe,
@@ -105,7 +108,7 @@ def prepare(
 
 def print_dry_run(prepared: Prepared, *, as_json: bool) -> None:
     """Print the plan of ``--dry-run``; a conversion measures for an allocation as well, so its time counts."""
-    seconds = prepared.seconds() + prepared.measured_seconds
+    seconds = prepared.estimate().seconds + prepared.measured_seconds
     for line in [f"not tuned: {prepared.untuned}"] * bool(prepared.untuned) + prepared.warnings:
         prepared.run.progress.warn(line)
     print_plan(
@@ -116,8 +119,7 @@ def print_dry_run(prepared: Prepared, *, as_json: bool) -> None:
 def announce(prepared: Prepared, scan: SourceScan) -> None:
     """Say what is about to be done: on a terminal the whole plan, elsewhere one line."""
     progress, plan = prepared.run.progress, prepared.plan
-    progress.describe("measuring how fast this machine is")
-    needs = needs_sentence(plan, prepared.seconds(), prepared.staged_bytes)
+    needs = needs_sentence(plan, _seconds_to_go(prepared), prepared.staged_bytes)
     for warning in prepared.warnings:
         progress.warn(warning)
     if not progress.on_terminal:
@@ -128,6 +130,18 @@ def announce(prepared: Prepared, scan: SourceScan) -> None:
     progress.line(coverage_sentence(audited_plan(prepared.run.checkpoint, plan)))
     progress.table(plan_table(plan, prepared.run.out))
     progress.line(needs)
+
+
+def _seconds_to_go(prepared: Prepared) -> float:
+    """As measured, or what is left of what was measured by the run that this one goes on from."""
+    run, staging = prepared.run, prepared.run.staging
+    if staging is not None and (left := remaining_seconds(staging, prepared.plan, run.device)) is not None:
+        return left
+    run.progress.describe("measuring how fast this machine is")
+    estimate = prepared.estimate()
+    if staging is not None:
+        keep_pace(staging, estimate, run.device)
+    return estimate.seconds
 
 
 def conclude(run: ConversionRun, scan: SourceScan) -> None:

@@ -4,7 +4,7 @@ from ernieq.convert.allocation import Allocation, Allocator
 from ernieq.convert.audit import audited, coverage_sentence
 from ernieq.convert.collect import calibration_record, collect_statistics, draw_sample
 from ernieq.convert.distill import TuningReport
-from ernieq.convert.estimate import estimate_seconds
+from ernieq.convert.estimate import Estimate, estimate_time
 from ernieq.convert.groups import LayerReport
 from ernieq.convert.hessian_job import HessianJob
 from ernieq.convert.identity import differences, job_identity, text_identity
@@ -12,6 +12,7 @@ from ernieq.convert.job import Conversion
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.output import check_output, check_place
+from ernieq.convert.pace import keep_pace, remaining_seconds
 from ernieq.convert.plan import PartPlan, Plan, make_plan, sample_tokens
 from ernieq.convert.preflight import audited_plan, check_preflight, staged_bytes
 from ernieq.convert.presets import PRESETS, Preset, PresetName
@@ -59,6 +60,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "EncodeSettings",
+    "Estimate",
     "FileMatch",
     "Goal",
     "HessianDirectory",
@@ -95,9 +97,10 @@ __all__ = [
     "default_recipe",
     "differences",
     "draw_sample",
-    "estimate_seconds",
+    "estimate_time",
     "find_texts",
     "job_identity",
+    "keep_pace",
     "made_on_gpu",
     "make_plan",
     "match_packed",
@@ -105,6 +108,7 @@ __all__ = [
     "parse_bytes",
     "read_recipe",
     "recorded_recipe",
+    "remaining_seconds",
     "run_again",
     "sample_tokens",
     "staged_bytes",

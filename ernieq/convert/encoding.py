@@ -152,7 +152,7 @@ class Encoding:
         for index, layer in self._layers(first):
             self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
             del layer
-            if self._progress.snapshots.due:
+            if self._progress.snapshots.due(streams):
                 self._progress.queue.wait()
                 self._progress.snapshots.save(index + 1, streams)
             self._progress.check_stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,24 @@ from ernieq.model import ModelConfig
 _HASHED_BYTES = 8_000_000
 
 
-def estimate_seconds(
+class Estimate(NamedTuple):
+    """Seconds of a conversion.
+
+    Attributes:
+        layers: of calibrating and encoding.
+        rest: of what follows them: tuning, hashing.
+    """
+
+    layers: float
+    rest: float
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        return self.layers + self.rest
+
+
+def estimate_time(
     config: ModelConfig,
     plan: Plan,
     recipe: Recipe,
@@ -30,8 +48,8 @@ def estimate_seconds(
     windows: int | None = None,
     tuned: bool = False,
     source_bytes: int = 0,
-) -> float:
-    """Seconds that encoding, calibration, tuning and the hashing of files will take, from a probe of seconds.
+) -> Estimate:
+    """The time that encoding, calibration, tuning and the hashing of files will take, from a probe of seconds.
 
     Reading and writing are left out: they cost little beside these, and how much is not to be known before.
 
@@ -52,13 +70,13 @@ def estimate_seconds(
     tokens = (recipe.calibration.windows if windows is None else windows) * length
     if tokens:
         seconds += speed.calibration(tokens, length)
+    rest = (source_bytes + 2 * plan.output_bytes) * _hash_seconds()  # the output: written, and verified
     if tuned:
         narrow = not fits_in_float32(config, Workplace.on(device))
-        seconds += TuningSpeed(config, recipe.tune, length, device, narrow=narrow).seconds(tokens)
+        rest += TuningSpeed(speed, config, recipe.tune, length, device, narrow=narrow).seconds(tokens)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what is free decides how much the conversion takes
-    # The output is hashed when it is written and when it is verified.
-    return seconds + (source_bytes + 2 * plan.output_bytes) * _hash_seconds()
+    return Estimate(seconds, rest)
 
 
 def _hash_seconds() -> float:

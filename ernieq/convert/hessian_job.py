@@ -117,7 +117,7 @@ class HessianJob:
             on_layer(index)
 
         def on_streams(index: int, streams: Streams) -> None:
-            if snapshots.due:
+            if snapshots.due(streams):
                 snapshots.save(index, streams)
             if self.should_stop():
                 raise InterruptedConversionError(

@@ -179,7 +179,7 @@ class Speed:
         rotary = angles[0].to(self._device), angles[1].to(self._device)
 
         def calibrate() -> float:
-            layer, hidden = self._layer(config, index), self._drawn(windows, length, config.hidden_size)
+            layer, hidden = self.drawn_layer(config, index), self._drawn(windows, length, config.hidden_size)
             streams = Streams(hidden, hidden.clone())
             return _timed(lambda: quantizer.run(index, layer, streams, rotary), self._device)
 
@@ -187,7 +187,8 @@ class Speed:
             first = calibrate()  # memory is taken from the system for the first time
             return first if first > 4 * _LONG else min(first, calibrate())
 
-    def _layer(self, config: ModelConfig, index: int) -> DecoderLayer:
+    def drawn_layer(self, config: ModelConfig, index: int) -> DecoderLayer:
+        """A layer as calibration has it: float32 on a CPU, 16 bits that are widened on a GPU."""
         narrow = self._device.type == "cuda"
         with torch.device("meta"):
             layer = DecoderLayer(config, index).to(torch.bfloat16 if narrow else torch.float32)

@@ -3,6 +3,7 @@
     lock            held while a process works here; says which one
     job.json        what decides the bytes of the output (``identity.py``)
     journal.jsonl   what has been finished (``journal.py``)
+    pace.json       how long it was announced to take (``pace.py``)
     units/          encoded matrices
     state/          hidden states between two layers
     packed/         the output while it is put together
@@ -30,7 +31,7 @@ from ernieq.errors import OutputExistsError, OutputLockedError, StorageError
 from ernieq.pack import MANIFEST_NAME, REPLACED, file_sha256, storage_errors, write_durably
 from ernieq.pack.atomic import sync_directory
 
-ALLOCATION = "allocation.json"
+ALLOCATION, PACE = "allocation.json", "pace.json"
 _LOCK, _JOB, _JOURNAL = "lock", "job.json", "journal.jsonl"
 _PUBLISHED = "published"
 _LOCK_ATTEMPTS = 100  # more than one is needed only if another process ends at this moment
@@ -169,7 +170,7 @@ class Staging:
         with storage_errors(self.path):
             for folder in [entry for entry in self.path.iterdir() if entry.is_dir()]:
                 shutil.rmtree(folder)
-            for name in (ALLOCATION, _JOURNAL, _JOB, _LOCK):
+            for name in (ALLOCATION, PACE, _JOURNAL, _JOB, _LOCK):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path)
         self._unlock()

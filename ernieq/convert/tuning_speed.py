@@ -16,7 +16,7 @@ from torch.nn import functional
 from ernieq.convert.distill import CHECKS, HELD_OUT, LOGIT_ROWS, TOKENS_AT_ONCE
 from ernieq.convert.learnt import LearntWeight, Recomputed, ScaledLinear, TunableNorm, TunableRouter
 from ernieq.convert.recipe import TuneSettings
-from ernieq.convert.speed import measured_seconds
+from ernieq.convert.speed import Speed, measured_seconds
 from ernieq.convert.workload import feed_forward
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, Experts, ModelConfig, RmsNorm, Rotary, StackedExperts
@@ -29,6 +29,7 @@ class TuningSpeed:
     """Measures the parts of tuning.
 
     Args:
+        speed: of the device; draws the bf16 model's layers.
         config: of the model.
         settings: of the tuning.
         length: tokens of a window.
@@ -37,9 +38,17 @@ class TuningSpeed:
     """
 
     def __init__(
-        self, config: ModelConfig, settings: TuneSettings, length: int, device: torch.device, *, narrow: bool
+        self,
+        speed: Speed,
+        config: ModelConfig,
+        settings: TuneSettings,
+        length: int,
+        device: torch.device,
+        *,
+        narrow: bool,
     ) -> None:
-        self._config, self._settings, self._device, self._narrow = config, settings, device, narrow
+        self._speed, self._config, self._settings = speed, config, settings
+        self._device, self._narrow = device, narrow
         self._generator = torch.Generator(device).manual_seed(0)
         self._length = min(settings.window, length)
         self._windows = max(1, TOKENS_AT_ONCE // self._length)
@@ -58,18 +67,27 @@ class TuningSpeed:
         with float32_products(self._device, tensor_cores=True):
             times = {index: self._layer_seconds(index) for index in self._layers}
             head = self._head_seconds()
+            teacher = sum(count * self._teacher_seconds(index) for index, count in self._layers.items())
         there, both = (
             sum(count * times[index][way] for index, count in self._layers.items()) for way in (0, 1)
         )
         at_once = self._windows * self._length
         looks = (1 + min(CHECKS, self._settings.steps)) * tokens / HELD_OUT / at_once
         steps = self._settings.steps * self._settings.batch_tokens / at_once
-        return tokens / at_once * there + steps * (both + head[1]) + looks * (there + head[0])
+        return tokens / at_once * teacher + steps * (both + head[1]) + looks * (there + head[0])
 
     def _work(self) -> float:
         config, tokens = self._config, self._windows * self._length
         widths = (inner * active for inner, active in (feed_forward(config, index) for index in self._layers))
         return tokens * config.hidden_size * (3 * max(widths) + 4 * config.hidden_size)
+
+    def _teacher_seconds(self, index: int) -> float:
+        """Of all windows that are taken at once through a layer of the bf16 model, as ``Teacher`` runs it."""
+        layer = self._speed.drawn_layer(self._config, index)
+        angles = Rotary(self._config).angles(torch.arange(self._length, device=self._device))
+        hidden = self._drawn(self._windows, self._length, self._config.hidden_size).cpu()
+        with torch.no_grad():
+            return measured_seconds(lambda: layer(hidden.to(self._device), angles).cpu(), self._device)
 
     def _layer_seconds(self, index: int) -> tuple[float, float]:
         """Of all windows that are taken at once: there, and there and back."""

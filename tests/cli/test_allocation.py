@@ -11,6 +11,7 @@ import pytest
 
 from ernieq.checkpoint import open_checkpoint
 from ernieq.cli import allocating
+from ernieq.convert import Estimate
 from ernieq.load import open_stream
 from ernieq.pack import PackedReader
 from tests.cli.quantizing import done, quantize, refused, run
@@ -213,7 +214,7 @@ def test_a_text_of_one_window_is_refused_for_a_divergence(tiny: Callable[..., Pa
 def test_a_plan_counts_the_time_and_the_memory_of_measuring(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ernieq.cli.preflight.estimate_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr("ernieq.cli.preflight.estimate_time", lambda *_, **__: Estimate(0.0, 0.0))
     source = source_of(tiny)
     options = ("--dry-run", "--json", "--embedding-bits", "5", "--head-bits", "5")
     plain = json.loads(done(allocate(source, tmp_path / "packed", *options)))

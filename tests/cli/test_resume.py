@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 
-from ernieq.convert import Allocator, Staging, groups, snapshots
+from ernieq.checkpoint import open_checkpoint
+from ernieq.convert import (
+    Allocator,
+    Estimate,
+    Staging,
+    default_recipe,
+    groups,
+    make_plan,
+    remaining_seconds,
+    snapshots,
+)
 from tests.cli.quantizing import CODE, SAMPLE, done, quantize, refused, run
 from tests.convert.conversions import file_hashes, write_words
 from tests.convert.faults import Disk, KilledError
@@ -74,6 +86,47 @@ def test_a_signal_ends_with_75_and_the_command_that_goes_on(
     assert "resuming from" in resumed.stderr
     assert weights(out) == weights(tmp_path / "whole")
     assert not (tmp_path / "packed.partial").exists()
+
+
+def test_a_run_that_goes_on_announces_the_rest_and_measures_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def estimate(*_: Any, **__: Any) -> Estimate:
+        measured.append(1)
+        return Estimate(1000.0, 7.0)
+
+    def announced(result: Result) -> float:
+        return float(re.findall(r"time about (\S+) s$", result.stderr, re.MULTILINE)[0])
+
+    monkeypatch.setattr("ernieq.cli.preflight.estimate_time", estimate)
+    monkeypatch.setattr("ernieq.cli.conversion_output.format_seconds", lambda seconds: f"{seconds} s")
+    out = tmp_path / "packed"
+    stopped = signalled(monkeypatch, lambda: quantize(source, out, "-v"), 9, signal.SIGTERM)
+    assert announced(stopped) == 1007
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "packed.partial").glob("*.json")}
+    resumed = quantize(source, out, "-v")
+    done(resumed)
+    share = int(re.findall(r"(\d+) % of the weights are encoded", resumed.stderr)[0]) / 100
+    assert 0 < share < 1
+    assert announced(resumed) == pytest.approx(1000 * (1 - share) + 7, abs=5.01)
+    assert measured == [1]
+    assert '"threads"' in kept["pace.json"].decode()
+
+
+def test_a_run_that_goes_on_with_other_threads_measures_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seconds = tmp_path / "packed", Estimate(1000.0, 7.0)
+    monkeypatch.setattr("ernieq.cli.preflight.estimate_time", lambda *_, **__: seconds)
+    signalled(monkeypatch, lambda: quantize(source, out), 9, signal.SIGTERM)
+    with Staging(out) as staging:
+        plan = make_plan(open_checkpoint(source), default_recipe(2))
+        cpu = torch.device("cpu")
+        assert remaining_seconds(staging, plan, cpu) is not None
+        monkeypatch.setattr("torch.get_num_threads", lambda: 99)
+        assert remaining_seconds(staging, plan, cpu) is None
 
 
 def test_a_second_signal_stops_at_once_and_finished_units_stay(

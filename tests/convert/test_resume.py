@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from ernieq.calibrate import read_text_file
+from ernieq.calibrate import Streams, read_text_file
 from ernieq.checkpoint import open_checkpoint
 from ernieq.convert import Conversion, HessianDirectory, Listener, Recipe, groups, snapshots
+from ernieq.convert.journal import Journal
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import TuneSettings
 from ernieq.encode import Batches, EncodeOptions
@@ -147,7 +148,7 @@ def uninterrupted(job: Job) -> Callable[[], dict[str, str]]:
     return convert_whole
 
 
-@pytest.mark.parametrize("patience", [0, 1e9], ids=["states at every layer", "states after the first layer"])
+@pytest.mark.parametrize("patience", [0, 1e9], ids=["states at every layer", "no states"])
 @pytest.mark.parametrize("after", [1, 9, 14, 20, 30])
 def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     job: Job,
@@ -165,6 +166,16 @@ def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     assert "resuming from" in job.lines[0]
     assert weights(job.out) == wanted
     assert [path.name for path in job.out.parent.iterdir() if path.suffix != ".txt"] == ["packed"]
+
+
+@pytest.mark.parametrize(("rate", "due"), [(1e12, True), (1e3, False)])
+def test_a_snapshot_that_would_take_long_waits_until_as_much_has_been_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, due: bool
+) -> None:
+    monkeypatch.setattr(snapshots, "_BYTES_PER_SECOND", rate)
+    saved = snapshots.Snapshots(tmp_path, Journal(tmp_path / "journal.jsonl"))
+    streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
+    assert saved.due(streams) is due
 
 
 def test_layers_before_the_saved_states_are_not_run_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

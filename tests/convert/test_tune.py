@@ -21,7 +21,7 @@ from ernieq.convert import (
     TuningReport,
     Workplace,
     draw_sample,
-    estimate_seconds,
+    estimate_time,
     make_plan,
     tune,
     tune_model,
@@ -207,5 +207,5 @@ def test_the_plan_counts_the_memory_and_the_time_of_tuning(tiny: Tiny) -> None:
     without, with_it = tuning_recipe(enabled=False), tuning_recipe(steps=1_000_000)
     plan = make_plan(checkpoint, without)
     assert make_plan(checkpoint, with_it).memory_bytes > plan.memory_bytes
-    seconds = [estimate_seconds(checkpoint.config, plan, with_it, options, tuned=on) for on in (False, True)]
-    assert seconds[1] > seconds[0]
+    plain, tuned = (estimate_time(checkpoint.config, plan, with_it, options, tuned=on) for on in (False, True))
+    assert tuned.rest > plain.rest

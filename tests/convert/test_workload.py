@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernieq.calibrate import Streams
 from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
-from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_seconds, make_plan
+from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_time, make_plan
 from ernieq.convert.speed import NoUnits, Speed
 from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
@@ -88,7 +88,7 @@ def test_windows_tuning_and_hashing_each_add_to_the_estimate(
     monkeypatch.setattr("ernieq.convert.estimate._hash_seconds", lambda: 1e-9)
 
     def seconds(**changes: Any) -> float:
-        return estimate_seconds(checkpoint.config, plan, recipe, options, **{"windows": 4} | changes)
+        return estimate_time(checkpoint.config, plan, recipe, options, **{"windows": 4} | changes).seconds
 
     assert 0 < seconds(windows=0) < seconds() < seconds(windows=40)
     assert seconds(tuned=True) > seconds()
@@ -99,7 +99,7 @@ def test_a_probe_draws_from_no_generator_but_its_own(tiny: Tiny) -> None:
     checkpoint, recipe = open_checkpoint(tiny()), quick_recipe()
     before = torch.get_rng_state()
     plan = make_plan(checkpoint, recipe)
-    assert estimate_seconds(checkpoint.config, plan, recipe, EncodeOptions(threads=1)) > 0
+    assert estimate_time(checkpoint.config, plan, recipe, EncodeOptions(threads=1)).seconds > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -129,7 +129,8 @@ def test_hessians_that_go_in_batches_are_probed_in_one(tiny: Tiny, monkeypatch: 
     monkeypatch.setattr("ernieq.convert.speed._HESSIANS", {"cpu": 3})  # as on a GPU
     checkpoint = open_checkpoint(tiny())
     plan = make_plan(checkpoint, quick_recipe())
-    assert estimate_seconds(checkpoint.config, plan, quick_recipe(), EncodeOptions(threads=1), windows=0) > 0
+    options = EncodeOptions(threads=1)
+    assert estimate_time(checkpoint.config, plan, quick_recipe(), options, windows=0).seconds > 0
 
 
 @pytest.mark.gpu
@@ -138,4 +139,4 @@ def test_a_gpu_is_probed_with_the_same_steps(tiny: Tiny) -> None:
     checkpoint = open_checkpoint(tiny(hidden=128, expert_width=64, intermediate=128))
     plan = make_plan(checkpoint, quick_recipe())
     gpu = torch.device("cuda", 0)
-    assert 0 < estimate_seconds(checkpoint.config, plan, quick_recipe(), EncodeOptions(), gpu) < 600
+    assert 0 < estimate_time(checkpoint.config, plan, quick_recipe(), EncodeOptions(), gpu).seconds < 600
