@@ -19,6 +19,7 @@ from ernieq.convert.collect import calibration_record, draw_sample
 from ernieq.convert.encoding import Encoding, JobProgress
 from ernieq.convert.groups import layer_of
 from ernieq.convert.identity import digest_of, job_identity, text_identity
+from ernieq.convert.kept_sample import sample_of_job
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.mishaps import mishaps_told
 from ernieq.convert.output import check_output, check_place, missing_bytes
@@ -156,7 +157,7 @@ class Conversion:
 
     def _convert(self, order: _Order, job: str) -> ConversionReport:
         """Encode and write; a matrix that the disk has lost in between is encoded again."""
-        sample, journal = self._sample(), order.staging.journal
+        sample, journal = self._sample(order.staging), order.staging.journal
         source = SourceHashes(self._checkpoint.shard_files(), journal, self._checkpoint.check_unchanged)
         with torch.no_grad(), source as hashes, BackgroundQueue() as queue:
             progress = self._progress(order, job, queue)
@@ -224,11 +225,12 @@ class Conversion:
             return "it needs the calibration text, and stored Hessians have none"
         return refusal(self.plan.parameters, self._workplace)
 
-    def _sample(self) -> CalibrationSample | None:
+    def _sample(self, staging: Staging) -> CalibrationSample | None:
         """Calibration windows; None with stored Hessians."""
-        if isinstance(self._calibration, HessianDirectory):
+        texts = self._calibration
+        if isinstance(texts, HessianDirectory):
             return None
-        return draw_sample(self._checkpoint, self._calibration, self._recipe)
+        return sample_of_job(staging, lambda: draw_sample(self._checkpoint, texts, self._recipe))
 
     def _encode(
         self, sample: CalibrationSample | None, progress: JobProgress, before: int | None

@@ -6,6 +6,7 @@
     pace.json       how long it was announced to take (``pace.py``)
     units/          encoded matrices
     state/          hidden states between two layers
+    sample/         calibration tokens
     packed/         the output while it is put together
     replaced/       the output of an earlier command while the new one takes its place
 
@@ -34,6 +35,7 @@ from ernieq.pack.atomic import sync_directory
 ALLOCATION, PACE = "allocation.json", "pace.json"
 _LOCK, _JOB, _JOURNAL = "lock", "job.json", "journal.jsonl"
 _PUBLISHED = "published"
+SAMPLE = "sample"
 _LOCK_ATTEMPTS = 100  # more than one is needed only if another process ends at this moment
 
 
@@ -96,8 +98,8 @@ class Staging:
 
     @property
     def has_units(self) -> bool:
-        """Whether the job has finished any unit of work."""
-        return any(entry["event"] != SOURCE for entry in self.journal.events())
+        """Whether the job has finished any unit of work; hashes and tokens are none."""
+        return any(entry["event"] not in (SOURCE, SAMPLE) for entry in self.journal.events())
 
     @property
     def has_work(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ernieq.calibrate import Streams, read_text_file
 from ernieq.checkpoint import open_checkpoint
-from ernieq.convert import Conversion, HessianDirectory, Listener, Recipe, groups, snapshots
+from ernieq.convert import Conversion, HessianDirectory, Listener, Recipe, collect, groups, snapshots
 from ernieq.convert.journal import Journal
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import TuneSettings
@@ -166,6 +166,28 @@ def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     assert "resuming from" in job.lines[0]
     assert weights(job.out) == wanted
     assert [path.name for path in job.out.parent.iterdir() if path.suffix != ".txt"] == ["packed"]
+
+
+@pytest.mark.parametrize("damage", ["none", "lost", "altered"])
+def test_a_resumed_run_takes_the_tokens_that_the_first_one_drew(
+    job: Job, uninterrupted: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    wanted, drawn = uninterrupted(), []
+    job.stopped(9)
+    kept = job.staging / "sample" / "sample.safetensors"
+    if damage == "altered":
+        kept.write_bytes(kept.read_bytes()[:-1] + b"\1")
+    elif damage == "lost":
+        kept.unlink()
+
+    def draw(*given: Any) -> Any:
+        drawn.append(1)
+        return collect.draw_sample(*given)
+
+    monkeypatch.setattr("ernieq.convert.job.draw_sample", draw)
+    job.run()
+    assert len(drawn) == (damage != "none")
+    assert weights(job.out) == wanted
 
 
 @pytest.mark.parametrize(("rate", "due"), [(1e12, True), (1e3, False)])
