@@ -1,13 +1,15 @@
 """Kill conversions at random moments, resume them, and compare the bytes; and what the journal costs.
 
     python benchmarks/kill_points.py --kills 200 --out FILE
+    python benchmarks/kill_points.py --spawn --kills 6 --longest 60 --pairs 0 --out FILE
     python benchmarks/kill_points.py --device cuda --model DIR --kills 12 --longest 20 --out FILE
 
 A conversion is started again and again with the same command and killed with SIGKILL after a random time,
 counted from its start or from the first matrix that it encodes, until it gets to its end before the time is
 over. On a processor every process is a fork of this one, which has done a whole conversion before: what is
 measured of a resumed run is its own work and no imports. A process that forks must have no threads, so all is
-done with one. On a GPU, which a fork can't use, every process is a new one, and its imports count.
+done with one, and on little text. With ``--spawn``, and on a GPU, which a fork can't use, every process is a
+new one, its imports count, and the conversion is that of ``ernieq quantize --bits 2``.
 
 Compared are all files but ``ernieq.json`` byte by byte, and that without its time and duration.
 """
@@ -46,7 +48,6 @@ from ernieq.trellis import EncodedMatrix
 ON_CPU = ["--device", "cpu", "--threads", "1"]
 QUICK = ["--bits", "2", "--state-bits", "12", "--windows", "2", "--window", "256", *ON_CPU]
 FULL = ["--bits", "2", "--windows", "8", *ON_CPU]
-ON_GPU = ["--bits", "2", "--device", "cuda"]
 _WITHIN_ENCODING = 0.7  # share of the kills whose time counts from the first matrix that is encoded
 _STARTED, _FIRST, _KEPT, _CHILD = "started", "first-encoding", "journal-at-the-end.jsonl", "--child"
 
@@ -82,11 +83,8 @@ def without_journal(_: Path) -> None:
 
 def watched(work: Path) -> None:
     """Note when the first matrix is encoded, and keep the journal of a conversion that gets to its end."""
-    started, genuine, remove = (
-        (work / _STARTED).stat().st_mtime,
-        vars(groups)["encode_matrices"],
-        Staging.remove,
-    )
+    genuine, remove = vars(groups)["encode_matrices"], Staging.remove
+    started = (work / _STARTED).stat().st_mtime
 
     @functools.wraps(genuine)
     def encode(*arguments: Any, **options: Any) -> Any:
@@ -109,15 +107,11 @@ PREPARED: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _on_gpu(arguments: list[str]) -> bool:
-    return arguments[arguments.index("--device") + 1] == "cuda"
-
-
-def child_of(work: Path, prepared: str, arguments: list[str]) -> int:
+def child_of(work: Path, prepared: str, arguments: list[str], spawn: bool) -> int:
     """Start ``ernieq`` in a process of its own, prepared by a function of ``PREPARED``; returns its number."""
     log = work / "log"
     (work / _STARTED).touch()
-    if _on_gpu(arguments):
+    if spawn:
         command = [sys.executable, __file__, _CHILD, str(work), prepared, *arguments]
         to_log = (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         return os.posix_spawn(
@@ -190,7 +184,7 @@ def journalled(staging: Path) -> int:
     return journal.read_bytes().count(b'{"event": "unit"') if journal.exists() else 0
 
 
-def one_life(work: Path, arguments: list[str], most: float, draw: random.Random) -> dict[str, Any]:
+def one_life(work: Path, arguments: list[str], spawn: bool, most: float, draw: random.Random) -> dict[str, Any]:
     """One conversion with all its kills, and what became of it."""
     out, kills, waits = work / "packed", list[int](), list[float]()
     command = ["quantize", "--out", str(out), *arguments]
@@ -198,11 +192,10 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
         (work / _FIRST).unlink(missing_ok=True)
         before = journalled(staging_path(out))
         begun = work / _FIRST if draw.random() < _WITHIN_ENCODING else None
-        child = child_of(work, "watched", command)
+        child = child_of(work, "watched", command, spawn)
         done = finished(child, draw.uniform(0.0, most), begun)
-        done = done or (
-            out.exists() and not staging_path(out).exists()
-        )  # killed when it had nothing left to do
+        if out.exists() and not staging_path(out).exists():
+            done = True  # whatever killed it, it had nothing left to do
         if before and (work / _FIRST).exists() and (noted := (work / _FIRST).read_text()):
             waits.append(float(noted))
         if done:
@@ -214,22 +207,22 @@ def one_life(work: Path, arguments: list[str], most: float, draw: random.Random)
     return result
 
 
-def timed(work: Path, arguments: list[str], prepared: str) -> tuple[float, float]:
+def timed(work: Path, arguments: list[str], spawn: bool, prepared: str) -> tuple[float, float]:
     """Wall and processor seconds of a conversion that nobody kills."""
     before, started = os.times(), time.monotonic()
-    finished(child_of(work, prepared, ["quantize", "--out", str(work / "timed"), *arguments]))
+    finished(child_of(work, prepared, ["quantize", "--out", str(work / "timed"), *arguments], spawn))
     after, seconds = os.times(), time.monotonic() - started
     shutil.rmtree(work / "timed")
     processor = after.children_user + after.children_system - before.children_user - before.children_system
     return seconds, processor
 
 
-def overhead(work: Path, arguments: list[str], pairs: int) -> dict[str, Any]:
+def overhead(work: Path, arguments: list[str], spawn: bool, pairs: int) -> dict[str, Any]:
     """Conversions with and without the journal, in turn."""
     runs: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
     for _ in range(pairs):
-        runs["with"].append(timed(work, arguments, "plain"))
-        runs["without"].append(timed(work, arguments, "without-journal"))
+        runs["with"].append(timed(work, arguments, spawn, "plain"))
+        runs["without"].append(timed(work, arguments, spawn, "without-journal"))
         print(f"with and without the journal: {runs['with'][-1]}, {runs['without'][-1]}", flush=True)
     best = {name: [min(column) for column in zip(*figures, strict=True)] for name, figures in runs.items()}
     return {
@@ -253,6 +246,7 @@ def parsed() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--spawn", action="store_true", help="a new process each, and all of the text")
     parser.add_argument("--model", help="a directory; the bundled model if none is named")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--longest", type=float, default=5.0, help="kill within so many seconds")
@@ -268,22 +262,23 @@ def main() -> None:
     options = parsed()
     draw, lives = random.Random(options.seed), list[dict[str, Any]]()
     model, on_gpu = [options.model] if options.model else [], options.device == "cuda"
-    quick, full = (model + arguments for arguments in ((ON_GPU, ON_GPU) if on_gpu else (QUICK, FULL)))
+    spawn, default = options.spawn or on_gpu, ["--bits", "2", "--device", options.device]
+    quick, full = (model + arguments for arguments in ((default, default) if spawn else (QUICK, FULL)))
     until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder, log_told(work := Path(folder)):
         started = time.monotonic()
         uninterrupted = ["quantize", "--out", str(work / "packed"), *quick]
-        if on_gpu:
-            finished(child_of(work, "plain", uninterrupted))
+        if spawn:
+            finished(child_of(work, "plain", uninterrupted, spawn))
         else:
             ernieq_main(uninterrupted, standalone_mode=False)
         whole, wanted = time.monotonic() - started, contents(work / "packed")
         shutil.rmtree(work / "packed")
         while sum(len(life["kills"]) for life in lives) < options.kills and time.monotonic() < until:
-            lives.append(one_life(work, quick, options.longest, draw))
+            lives.append(one_life(work, quick, spawn, options.longest, draw))
             equal = lives[-1]["contents"] == wanted
             print(f"conversion {len(lives)}: {len(lives[-1]['kills'])} kills, equal: {equal}", flush=True)
-        cost = overhead(work, full, options.pairs) if options.pairs else None
+        cost = overhead(work, full, spawn, options.pairs) if options.pairs else None
     waits = [seconds for life in lives for seconds in life["resume_seconds"]]
     result = {
         "machine": describe_machine() | (describe_gpu() if on_gpu else {}),

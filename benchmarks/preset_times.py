@@ -31,15 +31,15 @@ def timed(model: str, preset: str, device: str) -> dict[str, Any]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             for line in process.stderr:
-                lines.append((time.monotonic() - started, line.rstrip()))
+                lines.append((round(time.monotonic() - started, 2), line.rstrip().replace(f"{folder}/", "")))
     ended = time.monotonic() - started
     announced = [(at, found[1]) for at, line in lines if (found := re.search(r"time about (.+)$", line))]
     if process.returncode or not announced:
         raise SystemExit(f"the conversion ended with status {process.returncode}: {lines[-3:]}")
     (at, estimate), *_ = announced
-    row = {"preset": preset, "announced": estimate, "seconds": ended - at, "seconds_before": at}
-    steps = [f"    {when:7.2f} {line}" for when, line in lines if not line.startswith("  ")]
-    print(row, *steps, sep="\n", flush=True)
+    shown = [(when, line) for when, line in lines if not line.startswith(("  ", "tuning: step"))]
+    row = {"preset": preset, "announced": estimate, "seconds": ended - at, "seconds_before": at, "lines": shown}
+    print(*(f"{when:8.2f} {line}" for when, line in shown), f"{ended:8.2f} end", sep="\n", flush=True)
     return row
 
 

@@ -87,8 +87,9 @@ def _jsonl_texts(source: str, content: str) -> list[str]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"text {source}, line {number}, is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "it is nested too deeply")
+            raise TextError(f"text {source}, line {number}, is not JSON: {reason}") from error
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
             raise TextError(f'text {source}, line {number}, is not an object with a string "text"')
         texts.append(entry["text"])

@@ -49,6 +49,7 @@ def test_the_texts_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path: Path) -> 
         ("empty.txt", b"  \n ", "is empty"),
         ("latin.txt", b"caf\xe9 au lait", r"is not UTF-8 \(byte 3\)"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"', "line 2, is not JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1, is not JSON: it is nested too deeply"),
         ("other.jsonl", b'{"body": "a"}', 'line 1, is not an object with a string "text"'),
         ("text.pdf", b"%PDF", "has suffix '.pdf'; allowed are .txt and .jsonl"),
     ],
