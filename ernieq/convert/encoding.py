@@ -139,6 +139,7 @@ class Encoding:
     def _quantize(self, first: int, streams: Streams, report: ConversionReport) -> None:
         """Quantize the layers from ``first`` on, and an untied head."""
         config = self._checkpoint.config
+        read_on = config.num_hidden_layers - config.tie_word_embeddings  # layers whose output is read again
         cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
         rotary = cosine.to(streams.device), sine.to(streams.device)
         quantizer = LayerQuantizer(
@@ -152,7 +153,7 @@ class Encoding:
         for index, layer in self._layers(first):
             self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
             del layer
-            if self._progress.snapshots.due(streams):
+            if index < read_on and self._progress.snapshots.due(streams):
                 self._progress.queue.wait()
                 self._progress.snapshots.save(index + 1, streams)
             self._progress.check_stop()

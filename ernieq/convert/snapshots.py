@@ -16,8 +16,9 @@ from ernieq.pack import RawTensor
 _SNAPSHOT = "snapshot"
 # A snapshot is written when the last one is so many times as long ago as it took: 2.5 % of the time at most.
 PATIENCE = 40
-# At which the first is expected to be written: an H100's host took 306 MB/s, hashed and synced.
-_BYTES_PER_SECOND = 500e6
+# Bytes of the first one for every second that has passed. The rate of a disk is not known before: at 500 MB/s,
+# hashed and synced, it takes 5 % of the time until then.
+_FIRST_BYTES_A_SECOND = 25e6
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _UNITS = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -47,7 +48,7 @@ class Snapshots:
         """Whether the last one is long enough ago, or the beginning."""
         if not self._next:
             size = streams.reference.nbytes + streams.quantized.nbytes
-            return time.monotonic() >= self._began + PATIENCE * size / _BYTES_PER_SECOND
+            return time.monotonic() >= self._began + size / _FIRST_BYTES_A_SECOND
         return time.monotonic() >= self._next
 
     def save(self, layer: int, streams: Streams) -> None:

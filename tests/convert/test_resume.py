@@ -148,7 +148,7 @@ def uninterrupted(job: Job) -> Callable[[], dict[str, str]]:
     return convert_whole
 
 
-@pytest.mark.parametrize("patience", [0, 1e9], ids=["states at every layer", "no states"])
+@pytest.mark.parametrize("patience", [0, 1e9], ids=["states at every layer", "states after the first layer"])
 @pytest.mark.parametrize("after", [1, 9, 14, 20, 30])
 def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     job: Job,
@@ -194,7 +194,7 @@ def test_a_resumed_run_takes_the_tokens_that_the_first_one_drew(
 def test_a_snapshot_that_would_take_long_waits_until_as_much_has_been_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, due: bool
 ) -> None:
-    monkeypatch.setattr(snapshots, "_BYTES_PER_SECOND", rate)
+    monkeypatch.setattr(snapshots, "_FIRST_BYTES_A_SECOND", rate)
     saved = snapshots.Snapshots(tmp_path, Journal(tmp_path / "journal.jsonl"))
     streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
     assert saved.due(streams) is due
