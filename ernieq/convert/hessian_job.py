@@ -97,8 +97,9 @@ class HessianJob:
         on_notice: Callable[[str], None],
     ) -> None:
         count = self.checkpoint.config.num_hidden_layers
-        snapshots = Snapshots(self.staging.folder("state"), self.staging.journal)
         finished, done = self._finished(), 0
+        state = self.staging.folder("state")
+        snapshots = Snapshots(state, self.staging.journal, interrupted=bool(finished))
         while done in finished and directory.has_layer(done):
             done += 1
         if done:

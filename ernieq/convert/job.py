@@ -184,7 +184,8 @@ class Conversion:
         units = UnitStore(staging.folder("units"), staging.journal, job, queue, say, check_stop)
         if units.modules:
             say(f"resuming from {staging.path}: {self._share_of(units.modules)}")
-        snapshots = Snapshots(staging.folder("state"), staging.journal)
+        interrupted = bool(units.modules)
+        snapshots = Snapshots(staging.folder("state"), staging.journal, interrupted=interrupted)
         return JobProgress(staging.journal, units, snapshots, queue, check_stop)
 
     def _job(self) -> dict[str, Any]:

@@ -30,10 +30,12 @@ class Snapshots:
     Args:
         folder: where the files are; must exist.
         journal: says which one is whole.
+        interrupted: whether the job was begun by an earlier run; it may be interrupted again, so the first one
+            is written at once.
     """
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
-        self._folder, self._journal = folder, journal
+    def __init__(self, folder: Path, journal: Journal, *, interrupted: bool) -> None:
+        self._folder, self._journal, self._interrupted = folder, journal, interrupted
         self._began, self._next = time.monotonic(), 0.0
 
     def last(self, before: int) -> tuple[int, Streams] | None:
@@ -48,7 +50,7 @@ class Snapshots:
         """Whether the last one is long enough ago, or the beginning."""
         if not self._next:
             size = streams.reference.nbytes + streams.quantized.nbytes
-            return time.monotonic() >= self._began + size / _FIRST_BYTES_A_SECOND
+            return self._interrupted or time.monotonic() >= self._began + size / _FIRST_BYTES_A_SECOND
         return time.monotonic() >= self._next
 
     def save(self, layer: int, streams: Streams) -> None:

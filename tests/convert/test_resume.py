@@ -190,12 +190,15 @@ def test_a_resumed_run_takes_the_tokens_that_the_first_one_drew(
     assert weights(job.out) == wanted
 
 
-@pytest.mark.parametrize(("rate", "due"), [(1e12, True), (1e3, False)])
-def test_a_snapshot_that_would_take_long_waits_until_as_much_has_been_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, due: bool
+@pytest.mark.parametrize(
+    ("rate", "interrupted", "due"), [(1e12, False, True), (1, False, False), (1, True, True)]
+)
+def test_the_first_snapshot_waits_for_its_size_unless_the_job_was_interrupted_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, interrupted: bool, due: bool
 ) -> None:
     monkeypatch.setattr(snapshots, "_FIRST_BYTES_A_SECOND", rate)
-    saved = snapshots.Snapshots(tmp_path, Journal(tmp_path / "journal.jsonl"))
+    journal = Journal(tmp_path / "journal.jsonl")
+    saved = snapshots.Snapshots(tmp_path, journal, interrupted=interrupted)
     streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
     assert saved.due(streams) is due
 
