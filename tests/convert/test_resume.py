@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from ernieq.calibrate import Streams, read_text_file
+from ernieq.calibrate import read_text_file
 from ernieq.checkpoint import open_checkpoint
-from ernieq.convert import Conversion, HessianDirectory, Listener, Recipe, collect, groups, snapshots
-from ernieq.convert.journal import Journal
+from ernieq.convert import Conversion, HessianDirectory, Listener, Recipe, groups, snapshots
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import TuneSettings
 from ernieq.encode import Batches, EncodeOptions
@@ -166,41 +165,6 @@ def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     assert "resuming from" in job.lines[0]
     assert weights(job.out) == wanted
     assert [path.name for path in job.out.parent.iterdir() if path.suffix != ".txt"] == ["packed"]
-
-
-@pytest.mark.parametrize("damage", ["none", "lost", "altered"])
-def test_a_resumed_run_takes_the_tokens_that_the_first_one_drew(
-    job: Job, uninterrupted: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    wanted, drawn = uninterrupted(), []
-    job.stopped(9)
-    kept = job.staging / "sample" / "sample.safetensors"
-    if damage == "altered":
-        kept.write_bytes(kept.read_bytes()[:-1] + b"\1")
-    elif damage == "lost":
-        kept.unlink()
-
-    def draw(*given: Any) -> Any:
-        drawn.append(1)
-        return collect.draw_sample(*given)
-
-    monkeypatch.setattr("ernieq.convert.job.draw_sample", draw)
-    job.run()
-    assert len(drawn) == (damage != "none")
-    assert weights(job.out) == wanted
-
-
-@pytest.mark.parametrize(
-    ("rate", "interrupted", "due"), [(1e12, False, True), (1, False, False), (1, True, True)]
-)
-def test_the_first_snapshot_waits_for_its_size_unless_the_job_was_interrupted_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, interrupted: bool, due: bool
-) -> None:
-    monkeypatch.setattr(snapshots, "_FIRST_BYTES_A_SECOND", rate)
-    journal = Journal(tmp_path / "journal.jsonl")
-    saved = snapshots.Snapshots(tmp_path, journal, interrupted=interrupted)
-    streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
-    assert saved.due(streams) is due
 
 
 def test_layers_before_the_saved_states_are_not_run_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
