@@ -276,8 +276,12 @@ def main() -> None:
         shutil.rmtree(work / "packed")
         while sum(len(life["kills"]) for life in lives) < options.kills and time.monotonic() < until:
             lives.append(one_life(work, quick, spawn, options.longest, draw))
-            equal = lives[-1]["contents"] == wanted
-            print(f"conversion {len(lives)}: {len(lives[-1]['kills'])} kills, equal: {equal}", flush=True)
+            found = lives[-1]["contents"]
+            differing = [name for name in wanted | found if wanted.get(name) != found.get(name)]
+            lives[-1]["differing"] = differing
+            print(
+                f"conversion {len(lives)}: {len(lives[-1]['kills'])} kills, different: {differing}", flush=True
+            )
         cost = overhead(work, full, spawn, options.pairs) if options.pairs else None
     waits = [seconds for life in lives for seconds in life["resume_seconds"]]
     result = {
@@ -290,7 +294,8 @@ def main() -> None:
         "units_journalled_at_each_kill": [life["kills"] for life in lives],
         "kills_with_journalled_units": sum(units > 0 for life in lives for units in life["kills"]),
         "lost_units": sum(life["lost_units"] for life in lives),
-        "byte_equal": sum(life["contents"] == wanted for life in lives),
+        "byte_equal": sum(not life["differing"] for life in lives),
+        "differing_files": [life["differing"] for life in lives],
         "resume_seconds_until_encoding": {
             "median": statistics.median(waits) if waits else None,
             "longest": max(waits, default=None),
