@@ -84,8 +84,8 @@ class TuningSpeed:
     def _teacher_seconds(self, index: int) -> float:
         """Of all windows that are taken at once through a layer of the bf16 model, as ``Teacher`` runs it."""
         layer = self._speed.drawn_layer(self._config, index)
-        angles = Rotary(self._config).angles(torch.arange(self._length, device=self._device))
-        hidden = self._drawn(self._windows, self._length, self._config.hidden_size).cpu()
+        drawn, angles = self._inputs()
+        hidden = drawn.cpu()
         with torch.no_grad():
             return measured_seconds(lambda: layer(hidden.to(self._device), angles).cpu(), self._device)
 
@@ -95,14 +95,19 @@ class TuningSpeed:
             layer = DecoderLayer(self._config, index)
         self._fill(layer.requires_grad_(False))
         probed: nn.Module = Recomputed(layer) if self._narrow else layer
-        angles = Rotary(self._config).angles(torch.arange(self._length, device=self._device))
-        hidden = self._drawn(self._windows, self._length, self._config.hidden_size).requires_grad_()
+        hidden, angles = self._inputs()
+        hidden.requires_grad_()
 
         def run() -> Tensor:
             output: Tensor = probed(hidden, angles)
             return output
 
         return self._there_and_back(run)
+
+    def _inputs(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states before a layer, and the rotary angles of a window."""
+        angles = Rotary(self._config).angles(torch.arange(self._length, device=self._device))
+        return self._drawn(self._windows, self._length, self._config.hidden_size), angles
 
     def _head_seconds(self) -> tuple[float, float]:
         """As of a layer: the bf16 model's logits and the quantized one's, and their divergence."""
