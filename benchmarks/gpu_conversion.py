@@ -27,6 +27,7 @@ import ernieq
 from ernieq.calibrate import AttentionPass, MlpPass, Streams, collect_layer, narrow_layer
 from ernieq.checkpoint import Checkpoint, load_layer
 from ernieq.convert import LayerQuantizer, Workplace, default_recipe
+from ernieq.convert.groups import GroupEncoder
 from ernieq.convert.journal import Journal
 from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.unit_store import UnitStore
@@ -42,7 +43,7 @@ QUANTIZED_WINDOWS = 64
 # is inside LDLQ, and time counts for the innermost.
 PHASES = (
     *((AttentionPass, name, "attention") for name in ("input_moments", "context_moments", "advance")),
-    *((MlpPass, name, "dense moments") for name in ("input_moments", "down_moments", "advance")),
+    *((MlpPass, name, "dense moments") for name in ("__init__", "input_moments", "down_moments", "advance")),
     *((MlpPass, name, "expert moments") for name in ("experts_input_moments", "experts_down_moments")),
     (MlpPass, "add_experts", "expert outputs"),
     ("ernieq.convert.layer", "corrected_weight", "corrections"),
@@ -160,7 +161,8 @@ def quantize(
             with tempfile.TemporaryDirectory(dir=out.parent) as folder, BackgroundQueue() as queue:
                 journal = Journal(Path(folder) / "journal.jsonl")
                 units = UnitStore(Path(folder), journal, "synthetic", queue)
-                quantizer = LayerQuantizer(config, recipe, options, units, weights.append, batches)
+                encoder = GroupEncoder(recipe, options, units, weights.append)
+                quantizer = LayerQuantizer(config, recipe.encode, encoder, batches)
                 report = quantizer.run(LAYER, placed_layer(checkpoint, place), streams, rotary)
                 queue.wait()
                 for name in units.used:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from machine import describe_machine, write_result
 
-from ernieq.convert.groups import Group, GroupEncoder
+from ernieq.convert.groups import Group, GroupEncoder, Target
 from ernieq.convert.journal import Journal
 from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.recipe import Part, default_recipe
@@ -55,7 +56,8 @@ def main() -> None:
                 for name in ("gate_proj", "up_proj")
             }
             gram = inputs.T @ inputs / len(inputs)
-            encoder.encode(0, [Group(weights, Part.ROUTED_EXPERTS, "mlp.input", gram)])
+            group = Group(weights, Part.ROUTED_EXPERTS, "mlp.input", gram.device)
+            encoder.encode(0, [group], partial(list, [Target(weights, gram)]))
             before, clocked = time.process_time(), time.monotonic()
             queue.wait()
             written += time.process_time() - before

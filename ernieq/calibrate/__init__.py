@@ -11,7 +11,7 @@ from ernieq.calibrate.hessians import (
     hidden_of,
 )
 from ernieq.calibrate.mlp import MlpPass
-from ernieq.calibrate.moments import Moments, corrected_weight, shrinkage, shrunk_gram
+from ernieq.calibrate.moments import Moments, TokenWeights, corrected_weight, shrinkage, shrunk_gram
 from ernieq.calibrate.narrow import narrow_layer, shared_copy
 from ernieq.calibrate.streams import Streams, stay_on_gpu, stream_dtype
 from ernieq.calibrate.texts import CalibrationSample, TextFile, read_text_file, sample_windows
@@ -28,6 +28,7 @@ __all__ = [
     "Moments",
     "Streams",
     "TextFile",
+    "TokenWeights",
     "collect_layer",
     "corrected_weight",
     "hidden_of",

@@ -33,6 +33,7 @@ class AttentionPass:
         self._quantized = quantized
         self._streams = streams
         self._rotary = rotary
+        self._contexts: Streams | None = None
 
     @property
     def device(self) -> torch.device:
@@ -53,20 +54,20 @@ class AttentionPass:
 
     @calibrating
     def context_moments(self) -> Moments:
-        """Moments of the input of o; the residual is what the stream lacks beyond the bf16 weight's output."""
+        """Moments of the input of o; the residual is what the stream lacks beyond the bf16 weight's output.
+
+        The contexts are kept for ``advance``.
+        """
         streams, output = self._streams, self._reference.self_attn.o_proj
         hidden = streams.shape[2]
-        contexts = self._contexts = streams.empty(output.in_features)
+        self._contexts = streams.empty(output.in_features)
         moments = Moments(output.in_features, residual_rows=hidden, device=self.device)
         for batch in streams.batches():
             before = (
                 streams.load(streams.reference, batch).float(),
                 streams.load(streams.quantized, batch).float(),
             )
-            wanted = self._context(self._reference, before[0])
-            context = self._context(self._quantized, before[1])
-            contexts.store(contexts.reference, batch, wanted)
-            contexts.store(contexts.quantized, batch, context)
+            wanted, context = self._keep_contexts(self._contexts, batch, *before)
             lacking = before[0] - before[1] + (wanted - context) @ output.weight.float().T
             moments.add(context.reshape(-1, output.in_features), residuals=lacking.reshape(-1, hidden))
         return moments
@@ -74,14 +75,34 @@ class AttentionPass:
     @calibrating
     def advance(self) -> None:
         """Add the attention's output to both streams; call it when all four projections are replaced."""
-        for batch in self._streams.batches():
-            for stream, contexts, layer in (
-                (self._streams.reference, self._contexts.reference, self._reference),
-                (self._streams.quantized, self._contexts.quantized, self._quantized),
+        streams, contexts = self._streams, self._contexts or self._all_contexts()
+        for batch in streams.batches():
+            for stream, kept, layer in (
+                (streams.reference, contexts.reference, self._reference),
+                (streams.quantized, contexts.quantized, self._quantized),
             ):
-                context = self._contexts.load(contexts, batch).float()
-                self._streams.add(stream, batch, layer.self_attn.o_proj(context))
-        del self._contexts
+                context = contexts.load(kept, batch).float()
+                streams.add(stream, batch, layer.self_attn.o_proj(context))
+        self._contexts = None
+
+    def _all_contexts(self) -> Streams:
+        """Contexts of all tokens, for a layer whose moments nobody needs."""
+        streams = self._streams
+        contexts = streams.empty(self._reference.self_attn.o_proj.in_features)
+        for batch in streams.batches():
+            before = (streams.load(stream, batch).float() for stream in (streams.reference, streams.quantized))
+            self._keep_contexts(contexts, batch, *before)
+        return contexts
+
+    def _keep_contexts(
+        self, contexts: Streams, batch: slice, reference: Tensor, quantized: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Contexts of a batch in both streams, as they are before they take the dtype of the streams."""
+        wanted = self._context(self._reference, reference)
+        context = self._context(self._quantized, quantized)
+        contexts.store(contexts.reference, batch, wanted)
+        contexts.store(contexts.quantized, batch, context)
+        return wanted, context
 
     def _context(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
         normed = layer.input_layernorm(hidden)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ernieq.calibrate.moments import Moments
+from ernieq.calibrate.moments import Moments, TokenWeights
 from ernieq.calibrate.precision import calibrating
 from ernieq.calibrate.routed import CHUNK_TOKENS, RoutedTokens
 from ernieq.calibrate.streams import Streams
@@ -25,9 +25,10 @@ SEGMENT_TOKENS = 16384
 class MlpPass:
     """Runs the feed-forward part of one layer over both streams.
 
-    The order is: ``input_moments``; then for every batch of experts ``experts_input_moments``, once their gates
-    and ups are replaced ``experts_down_moments``, and once their downs are replaced ``add_experts``; then, once
-    gate and up of the dense or shared part are replaced, ``down_moments``; and ``advance``.
+    At the beginning the bf16 model is run, and experts are chosen. Then, for every batch of experts, come
+    ``experts_down_moments`` once their gates and ups are replaced, and ``add_experts`` once their downs are;
+    ``down_moments`` once gate and up of the dense or shared part are replaced; and ``advance``. Moments that
+    nobody needs may be left out; those of inputs can be asked for at any time before ``advance``.
 
     Args:
         reference: the layer with its bf16 weights, widened, or narrow (``narrow_layer``) on a GPU.
@@ -44,6 +45,7 @@ class MlpPass:
         self._active: dict[int, list[Tensor]] = {}
         self._spread: tuple[Tensor, Tensor] | None = None
         self._next = streams.clone()
+        self._run_reference()
 
     @property
     def device(self) -> torch.device:
@@ -52,28 +54,22 @@ class MlpPass:
 
     @calibrating
     def input_moments(self) -> Moments:
-        """Moments of the input of gate and up over all tokens; experts are routed on the way."""
+        """Moments of the input of gate and up over all tokens; the residual is the bf16 model's beyond it."""
         streams, width = self._streams, self._streams.shape[2]
         moments = self._moments(width, width)
-        selected, weights = [], []
         for batch in streams.batches():
-            inputs = self._norm(streams.load(streams.quantized, batch).float()).reshape(-1, width)
-            wanted = self._norm(streams.load(streams.reference, batch).float()).reshape(-1, width)
+            inputs, wanted = self._inputs(batch)
             moments.add(inputs, residuals=wanted - inputs)
-            experts = self._reference.mlp.experts if self._reference.is_moe else ()
-            with steady_modules(experts, self.device):
-                output = self._reference.mlp(wanted).view_as(streams.reference[batch])
-            self._next.add(self._next.reference, batch, output)
-            if self._reference.is_moe:
-                routing = self._quantized.mlp.route(inputs)
-                selected.append(routing.selected)
-                weights.append(routing.weights)
-        if selected:
-            tokens = streams.shape[0] * streams.shape[1]
-            segment = tokens if streams.resident else SEGMENT_TOKENS
-            experts = len(self._reference.mlp.experts)
-            self._routed = RoutedTokens(torch.cat(selected), torch.cat(weights), experts, segment)
         return moments
+
+    def expert_weights(self, expert: int) -> TokenWeights:
+        """Tokens of an expert and their weights, p squared."""
+        found, routed = TokenWeights(), self._routing()
+        for number in range(len(routed.segments)):
+            for tokens, weights in routed.chunks(expert, number):
+                if len(tokens):
+                    found.count(len(tokens), weights.square())
+        return found
 
     def expert_input_moments(self, expert: int) -> Moments:
         """``experts_input_moments`` of one expert."""
@@ -171,6 +167,32 @@ class MlpPass:
                 self._next.add(self._next.quantized, batch, output.view_as(rows))
         self._next.wait()
         streams.reference, streams.quantized = self._next.reference, self._next.quantized
+
+    @calibrating
+    def _run_reference(self) -> None:
+        """Move the bf16 model's stream, and choose the experts of every token in the quantized one."""
+        streams, selected, weights = self._streams, [], []
+        experts = self._reference.mlp.experts if self._reference.is_moe else ()
+        for batch in streams.batches():
+            inputs, wanted = self._inputs(batch)
+            with steady_modules(experts, self.device):
+                output = self._reference.mlp(wanted).view_as(streams.reference[batch])
+            self._next.add(self._next.reference, batch, output)
+            if self._reference.is_moe:
+                routing = self._quantized.mlp.route(inputs)
+                selected.append(routing.selected)
+                weights.append(routing.weights)
+        if selected:
+            tokens = streams.shape[0] * streams.shape[1]
+            segment = tokens if streams.resident else SEGMENT_TOKENS
+            self._routed = RoutedTokens(torch.cat(selected), torch.cat(weights), len(experts), segment)
+
+    def _inputs(self, batch: slice) -> tuple[Tensor, Tensor]:
+        """Input of gate and up, quantized and reference: (tokens, hidden_size) float32."""
+        streams, width = self._streams, self._streams.shape[2]
+        inputs = self._norm(streams.load(streams.quantized, batch).float()).reshape(-1, width)
+        wanted = self._norm(streams.load(streams.reference, batch).float()).reshape(-1, width)
+        return inputs, wanted
 
     def _moments(self, width: int, residual_rows: int = 0) -> Moments:
         return Moments(width, residual_rows, self.device)

@@ -13,13 +13,44 @@ import torch
 from torch import Tensor
 
 from ernieq.kernels.precision import one_thread
+from ernieq.kernels.token_sums import add_gram, add_products
 
 # A number that a GPU may not have worked out yet: nobody waits for it before it is needed on the processor.
 Scalar = float | Tensor
 
 
 @dataclass
-class Moments:
+class TokenWeights:
+    """How many tokens there were, and what their weights come to."""
+
+    weight: Scalar = field(init=False, default=0.0)
+    weight_squared: Scalar = field(init=False, default=0.0)
+    tokens: int = field(init=False, default=0)
+
+    def count(self, tokens: int, weights: Tensor | None = None) -> None:
+        """Add so many tokens: weights (tokens,) or ones."""
+        self.weight = self.weight + _total(tokens, weights)
+        self.weight_squared = self.weight_squared + _total(
+            tokens, None if weights is None else weights.square()
+        )
+        self.tokens += tokens
+
+    @property
+    def effective_tokens(self) -> Scalar:
+        """Kish's effective sample size, (sum s)^2 / sum s^2."""
+        if isinstance(self.weight_squared, Tensor):
+            return self.weight**2 / self.weight_squared.clamp(min=torch.finfo(torch.float64).tiny)
+        return self.weight**2 / self.weight_squared if self.weight_squared > 0 else 0.0
+
+
+def _total(tokens: int, weights: Tensor | None) -> Scalar:
+    if weights is None:
+        return float(tokens)
+    return weights.sum(dtype=torch.float64) if weights.is_cuda else float(weights.sum())
+
+
+@dataclass
+class Moments(TokenWeights):
     """Weighted sums over tokens, accumulated in float32 batches into float32 totals.
 
     Args:
@@ -33,9 +64,6 @@ class Moments:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     gram: Tensor = field(init=False)
     residual: Tensor = field(init=False)
-    weight: Scalar = field(init=False, default=0.0)
-    weight_squared: Scalar = field(init=False, default=0.0)
-    tokens: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.gram = torch.zeros(self.width, self.width, device=self.device)
@@ -49,28 +77,12 @@ class Moments:
         if weights is not None and self.gram.is_cuda:
             # TF32 rounds both factors: equal ones keep the sum symmetric and without negative eigenvalues.
             root = inputs * weights.sqrt()[:, None]
-            self.gram.addmm_(root.T, root)
+            add_gram(self.gram, root, root)
         else:
-            self.gram.addmm_(weighted.T, inputs)
+            add_gram(self.gram, weighted, inputs)
         if residuals is not None:
-            self.residual.addmm_(residuals.T, weighted)
-        self.weight = self.weight + self._total(inputs, weights)
-        self.weight_squared = self.weight_squared + self._total(
-            inputs, None if weights is None else weights.square()
-        )
-        self.tokens += inputs.shape[0]
-
-    def _total(self, inputs: Tensor, weights: Tensor | None) -> Scalar:
-        if weights is None:
-            return float(inputs.shape[0])
-        return weights.sum(dtype=torch.float64) if self.gram.is_cuda else float(weights.sum())
-
-    @property
-    def effective_tokens(self) -> Scalar:
-        """Kish's effective sample size, (sum s)^2 / sum s^2."""
-        if isinstance(self.weight_squared, Tensor):
-            return self.weight**2 / self.weight_squared.clamp(min=torch.finfo(torch.float64).tiny)
-        return self.weight**2 / self.weight_squared if self.weight_squared > 0 else 0.0
+            add_products(self.residual, residuals, weighted)
+        self.count(inputs.shape[0], weights)
 
     def mean_gram(self) -> Tensor:
         """H: (width, width), the weighted mean of x x^T; zeros without tokens."""

@@ -22,6 +22,7 @@ from ernieq.checkpoint import Checkpoint, load_embedding, load_tokenizer
 from ernieq.convert.overlap import read_layers
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.workplace import Workplace
+from ernieq.kernels.token_sums import add_gram
 from ernieq.model import Rotary
 from ernieq.pack import CalibrationRecord
 
@@ -62,7 +63,7 @@ def head_gram(norm: nn.Module, streams: Streams, stream: Tensor) -> Tensor:
     gram = torch.zeros(streams.shape[2], streams.shape[2], device=streams.device)
     for batch in streams.batches():
         inputs = norm(streams.load(stream, batch).float()).flatten(0, 1)
-        gram.addmm_(inputs.T, inputs)
+        add_gram(gram, inputs, inputs)
     return gram / (streams.shape[0] * streams.shape[1])
 
 

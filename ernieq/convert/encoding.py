@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ernieq.calibrate import CalibrationSample, Streams, narrow_layer, stream_dtype
 from ernieq.checkpoint import Checkpoint, load_embedding, load_final_norm, load_head
 from ernieq.convert.collect import head_gram
-from ernieq.convert.groups import EMBEDDING, HEAD, Group, GroupEncoder, LayerReport, full_name
+from ernieq.convert.groups import EMBEDDING, HEAD, Group, GroupEncoder, LayerReport, Target, full_name
 from ernieq.convert.journal import Journal
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
@@ -142,14 +142,7 @@ class Encoding:
         read_on = config.num_hidden_layers - config.tie_word_embeddings  # layers whose output is read again
         cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
         rotary = cosine.to(streams.device), sine.to(streams.device)
-        quantizer = LayerQuantizer(
-            config,
-            self._recipe,
-            self._options,
-            self._progress.units,
-            self._listener.on_weights,
-            self._experts,
-        )
+        quantizer = LayerQuantizer(config, self._recipe.encode, self._encoder, self._experts)
         for index, layer in self._layers(first):
             self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
             del layer
@@ -220,7 +213,9 @@ class Encoding:
     ) -> Tensor:
         """Encode a matrix outside the layers, unless it is kept; returns what it decodes to."""
         gram = torch.eye(weight.shape[1], device=self._workplace.device) if gram is None else gram
-        encoded = self._encoder.encode(None, [Group({module: weight}, part, f"{module}.input", gram)])
+        weights = {module: weight}
+        group = Group(weights, part, f"{module}.input", gram.device)
+        encoded = self._encoder.encode(None, [group], lambda: [Target(weights, gram)])
         if module not in encoded:
             return weight
         report.errors[module] = encoded[module].proxy_error

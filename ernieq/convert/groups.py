@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -57,31 +58,63 @@ class Group:
     """Matrices that read one input.
 
     Args:
-        weights: name within the layer -> (out_features, in_features).
+        weights: name within the layer -> (out_features, in_features), the source's.
         part: part of the model that they belong to.
         signs: name of their input within the layer, which decides the signs of the rotation.
-        gram: (in_features, in_features) float32, mean of x x^T, on the device that works.
+        worker: the device that encodes and decodes.
     """
 
     weights: Mapping[str, Tensor]
     part: Part
     signs: str
+    worker: torch.device
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the matrices of a group are to become.
+
+    Args:
+        weights: name within the layer -> (out_features, in_features).
+        gram: (in_features, in_features) float32, mean of x x^T, on the device that works.
+    """
+
+    weights: Mapping[str, Tensor]
     gram: Tensor
 
 
 @dataclass(frozen=True)
 class _Job:
-    """The matrices of a group that get the same bits."""
+    """The matrices of a group that get the same bits; the group by its place among those that came with it."""
 
-    weights: Mapping[str, Tensor]
+    place: int
+    group: Group
+    names: tuple[str, ...]
     bits: float
-    signs: str
-    gram: Tensor
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """(out_features, in_features) of every matrix."""
+        return tuple(self.group.weights[name].shape for name in self.names)
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Jobs of one kind can be done together."""
-        return self.bits, self.signs, tuple(weight.shape for weight in self.weights.values())
+        return self.bits, self.group.signs, self.shapes
+
+    def weights(self, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """What the matrices are to become."""
+        return {name: targets[self.place].weights[name] for name in self.names}
+
+
+class Encoder(Protocol):
+    """Encodes groups of matrices."""
+
+    def encode(
+        self, layer: int | None, groups: Sequence[Group], aim: Callable[[], Sequence[Target]]
+    ) -> dict[str, EncodingResult]:
+        """``GroupEncoder.encode``."""
+        ...
 
 
 class GroupEncoder:
@@ -106,45 +139,60 @@ class GroupEncoder:
         self._units = units
         self._on_weights = on_weights
 
-    def encode(self, layer: int | None, groups: Sequence[Group]) -> dict[str, EncodingResult]:
+    def encode(
+        self, layer: int | None, groups: Sequence[Group], aim: Callable[[], Sequence[Target]]
+    ) -> dict[str, EncodingResult]:
         """Encode groups of one layer, or of what is outside.
 
         A single group is encoded as the device does it best; of several, those that are alike go together.
+
+        Args:
+            layer: number of the layer; None outside.
+            groups: what is to be encoded.
+            aim: works out the target of every group, in their order; called once, and only if something is
+                not there.
 
         Returns:
             Name within the layer -> result, without the matrices that the recipe keeps.
         """
         kinds: dict[tuple[object, ...], list[_Job]] = {}
-        for group in groups:
-            for job in self._jobs(layer, group):
+        for place, group in enumerate(groups):
+            for job in self._jobs(layer, place, group):
                 kinds.setdefault(job.kind, []).append(job)
         encoded: dict[str, EncodingResult] = {}
+        targets: Sequence[Target] | None = None
         for alike in kinds.values():
-            for results in self._taken(layer, alike) or self._encoded(layer, alike):
+            found = self._taken(layer, alike)
+            if found is None:
+                targets = aim() if targets is None else targets
+                found = self._encoded(layer, alike, targets)
+            for results in found:
                 encoded |= results
         return encoded
 
-    def _jobs(self, layer: int | None, group: Group) -> list[_Job]:
-        by_bits: dict[float, dict[str, Tensor]] = {}
-        for name, weight in group.weights.items():
+    def _jobs(self, layer: int | None, place: int, group: Group) -> list[_Job]:
+        by_bits: dict[float, list[str]] = {}
+        for name in group.weights:
             bits = self._recipe.bits_of(full_name(layer, name), group.part)
             if bits != KEEP:
-                by_bits.setdefault(bits, {})[name] = weight
-        return [_Job(weights, bits, group.signs, group.gram) for bits, weights in by_bits.items()]
+                by_bits.setdefault(bits, []).append(name)
+        return [_Job(place, group, tuple(names), bits) for bits, names in by_bits.items()]
 
     def _taken(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]] | None:
         """Results of jobs that are alike from units that are there; None unless all of them are."""
-        units = self._units.fetch([[full_name(layer, name) for name in job.weights] for job in jobs])
+        units = self._units.fetch([[full_name(layer, name) for name in job.names] for job in jobs])
         if units is None:
             return None
         results = [self._results(job, unit, len(jobs) == 1) for job, unit in zip(jobs, units, strict=True)]
         if self._on_weights is not None:
-            self._on_weights(sum(weight.numel() for job in jobs for weight in job.weights.values()))
+            self._on_weights(sum(shape.numel() for job in jobs for shape in job.shapes))
         return results
 
-    def _encoded(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
+    def _encoded(
+        self, layer: int | None, jobs: Sequence[_Job], targets: Sequence[Target]
+    ) -> list[dict[str, EncodingResult]]:
         """Encode jobs that are alike and have the units kept."""
-        results = self._encode_alike(layer, jobs)
+        results = self._encode_alike(layer, jobs, targets)
         units = [
             Unit(
                 {full_name(layer, name): result.encoded for name, result in own.items()},
@@ -166,26 +214,27 @@ class GroupEncoder:
 
     def _results(self, job: _Job, unit: Unit, alone: bool) -> dict[str, EncodingResult]:
         """What the encoder returned when it made this unit."""
-        worker = job.gram.device
-        home = next(iter(job.weights.values())).device if alone else worker
+        worker = job.group.worker
+        home = job.group.weights[job.names[0]].device if alone else worker
         decoded = decode_stack(unit.matrices, worker, home, self._options, alone=alone)
         return {
             name: EncodingResult(unit.matrices[full], decoded[full], unit.errors[full])
-            for name, full in zip(job.weights, unit.matrices, strict=True)
+            for name, full in zip(job.names, unit.matrices, strict=True)
         }
 
-    def _encode_alike(self, layer: int | None, jobs: Sequence[_Job]) -> list[dict[str, EncodingResult]]:
-        first = jobs[0]
-        code = TrellisCode(first.bits, self._recipe.encode.state_bits)
-        signs = self._signs(layer, first)
+    def _encode_alike(
+        self, layer: int | None, jobs: Sequence[_Job], targets: Sequence[Target]
+    ) -> list[dict[str, EncodingResult]]:
+        code = TrellisCode(jobs[0].bits, self._recipe.encode.state_bits)
+        signs = self._signs(layer, jobs[0])
+        stacks = [job.weights(targets) for job in jobs]
+        grams = [targets[job.place].gram for job in jobs]
         if len(jobs) == 1:
-            alone = encode_matrices(first.weights, first.gram, signs, code, self._options, self._on_weights)
-            return [alone]
-        stacks, grams = [job.weights for job in jobs], [job.gram for job in jobs]
+            return [encode_matrices(stacks[0], grams[0], signs, code, self._options, self._on_weights)]
         return encode_batch(stacks, grams, signs, code, self._options, self._on_weights)
 
     def _signs(self, layer: int | None, job: _Job) -> NDArray[np.int8]:
-        return input_signs(self._recipe.seed, full_name(layer, job.signs), job.gram.shape[0])
+        return input_signs(self._recipe.seed, full_name(layer, job.group.signs), job.shapes[0][1])
 
 
 def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:

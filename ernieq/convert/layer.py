@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,18 +18,30 @@ from ernieq.calibrate import (
     MlpPass,
     Moments,
     Streams,
+    TokenWeights,
     corrected_weight,
     hidden_of,
     shared_copy,
     shrinkage,
     shrunk_gram,
 )
-from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
-from ernieq.convert.recipe import Part, Recipe
-from ernieq.convert.unit_store import Units
-from ernieq.encode import Batches, EncodeOptions, EncodingResult, out_of_memory
+from ernieq.convert.groups import Encoder, Group, LayerReport, Target, linear_of
+from ernieq.convert.recipe import EncodeSettings, Part
+from ernieq.encode import Batches, EncodingResult, out_of_memory
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig
+
+
+class _Inputs(NamedTuple):
+    """What all that read one input have in common.
+
+    Attributes:
+        corrector: (width, width), by which a weight is multiplied to lead the quantized prefix back.
+        gram: (width, width), the Hessian.
+    """
+
+    corrector: Tensor
+    gram: Tensor
 
 
 class LayerQuantizer:
@@ -35,26 +49,18 @@ class LayerQuantizer:
 
     Args:
         config: the model's configuration.
-        recipe: bits and settings.
-        options: how matrices are encoded.
-        units: has what was encoded before, and receives what is encoded now.
-        on_weights: called with the number of weights encoded since the last call.
+        settings: of the encoding.
+        encoder: encodes the matrices.
         experts: how many experts are worked on at once; one by one unless given.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        recipe: Recipe,
-        options: EncodeOptions,
-        units: Units,
-        on_weights: Callable[[int], None] | None = None,
-        experts: Batches | None = None,
+        self, config: ModelConfig, settings: EncodeSettings, encoder: Encoder, experts: Batches | None = None
     ) -> None:
         self._config = config
-        self._recipe = recipe
-        self._encoder = GroupEncoder(recipe, options, units, on_weights)
-        self._expert_batches = experts or Batches(1, "experts", options.on_notice)
+        self._settings = settings
+        self._encoder = encoder
+        self._expert_batches = experts or Batches(1, "experts")
 
     def run(
         self, index: int, reference: DecoderLayer, streams: Streams, rotary: tuple[Tensor, Tensor]
@@ -71,38 +77,40 @@ class LayerQuantizer:
         self._report = LayerReport(index)
         self._reference = reference
         self._quantized = shared_copy(reference)
+        self._worker = streams.device
         with float32_products(streams.device, tensor_cores=False):
             self._attention(AttentionPass(reference, self._quantized, streams, rotary))
             mlp = MlpPass(reference, self._quantized, streams)
+            inputs = cache(lambda: self._corrected(mlp.input_moments()))
             if self._config.is_moe_layer(index):
-                self._moe(mlp)
+                self._moe(mlp, inputs)
             else:
-                self._dense(mlp, "mlp", Part.DENSE_MLP, mlp.input_moments())
+                self._dense(mlp, "mlp", Part.DENSE_MLP, inputs)
                 mlp.advance("mlp")
         self._report.output_error = _relative_error(streams)
         return self._report
 
     def _attention(self, attention: AttentionPass) -> None:
-        moments = attention.input_moments()
-        weights = self._led_back([f"self_attn.{name}_proj" for name in "qkv"], self._corrector(moments))
-        self._encode(Group(weights, Part.ATTENTION, ATTENTION_INPUT, moments.mean_gram()))
-        del moments
-        moments = attention.context_moments()
-        self._encode_corrected("self_attn.o_proj", Part.ATTENTION, ATTENTION_CONTEXT, moments)
+        def inputs() -> Target:
+            return self._led_back(names, self._corrected(attention.input_moments()))
+
+        def context() -> Target:
+            return self._made_up(output, attention.context_moments())
+
+        names, output = [f"self_attn.{name}_proj" for name in "qkv"], "self_attn.o_proj"
+        self._encode(names, Part.ATTENTION, ATTENTION_INPUT, inputs)
+        self._encode([output], Part.ATTENTION, ATTENTION_CONTEXT, context)
         attention.advance()
 
-    def _dense(self, mlp: MlpPass, path: str, part: Part, inputs: Moments) -> None:
-        weights = self._led_back([f"{path}.gate_proj", f"{path}.up_proj"], self._corrector(inputs))
-        self._encode(Group(weights, part, MLP_INPUT, inputs.mean_gram()))
-        del weights
-        self._encode_corrected(f"{path}.down_proj", part, hidden_of(path), mlp.down_moments(path))
+    def _dense(self, mlp: MlpPass, path: str, part: Part, inputs: Callable[[], _Inputs]) -> None:
+        names = [f"{path}.gate_proj", f"{path}.up_proj"]
+        self._encode(names, part, MLP_INPUT, lambda: self._led_back(names, inputs()))
+        down = f"{path}.down_proj"
+        self._encode([down], part, hidden_of(path), lambda: self._made_up(down, mlp.down_moments(path)))
 
-    def _moe(self, mlp: MlpPass) -> None:
-        inputs = mlp.input_moments()
-        corrector, prior = self._corrector(inputs), inputs.mean_gram()
-
+    def _moe(self, mlp: MlpPass, inputs: Callable[[], _Inputs]) -> None:
         def quantize(experts: Sequence[int]) -> None:
-            self._experts(mlp, experts, corrector, prior)
+            self._experts(mlp, experts, inputs)
 
         self._expert_batches.run(range(self._config.moe_num_experts), quantize)
         shared = "mlp.shared_experts" if self._config.moe_num_shared_experts else None
@@ -110,25 +118,26 @@ class LayerQuantizer:
             self._dense(mlp, shared, Part.SHARED_EXPERTS, inputs)
         mlp.advance(shared)
 
-    def _experts(self, mlp: MlpPass, experts: Sequence[int], corrector: Tensor, prior: Tensor) -> None:
+    def _experts(self, mlp: MlpPass, experts: Sequence[int], inputs: Callable[[], _Inputs]) -> None:
         """Quantize a batch of experts; nothing is reported, and no stream moves, before all are encoded."""
-        own = mlp.experts_input_moments(experts)
-        tokens = [moments.tokens for moments in own]
-        trust = [float(self._trust(moments)) for moments in own]
+        index, paths = self._report.index, [f"mlp.experts.{expert}" for expert in experts]
+        names = [[f"{path}.gate_proj", f"{path}.up_proj"] for path in paths]
         first = self._encoder.encode(
-            self._report.index,
-            [
-                self._expert_inputs(expert, moments, corrector, prior)
-                for expert, moments in zip(experts, own, strict=True)
+            index,
+            [self._group(own, Part.ROUTED_EXPERTS, MLP_INPUT) for own in names],
+            lambda: [
+                self._expert_inputs(own, moments, inputs())
+                for own, moments in zip(names, mlp.experts_input_moments(experts), strict=True)
             ],
         )
-        del own
         self._replace(first)
+        downs = [f"{path}.down_proj" for path in paths]
         second = self._encoder.encode(
-            self._report.index,
-            [
-                self._expert_down(expert, *moments)
-                for expert, moments in zip(experts, mlp.experts_down_moments(experts), strict=True)
+            index,
+            [self._group([down], Part.ROUTED_EXPERTS, EXPERTS_HIDDEN) for down in downs],
+            lambda: [
+                self._expert_down(down, *moments)
+                for down, moments in zip(downs, mlp.experts_down_moments(experts), strict=True)
             ],
         )
         self._replace(second)
@@ -136,36 +145,39 @@ class LayerQuantizer:
             mlp.add_experts(experts)
         except torch.OutOfMemoryError:  # the streams have begun to move: a smaller batch would move them twice
             raise out_of_memory() from None
-        self._report.expert_tokens += tokens
-        self._report.expert_trust += trust
-        for expert in experts:
-            path = f"mlp.experts.{expert}."
-            done = {name: result for name, result in (first | second).items() if name.startswith(path)}
+        for expert, path in zip(experts, paths, strict=True):
+            routed = mlp.expert_weights(expert)
+            self._report.expert_tokens.append(routed.tokens)
+            self._report.expert_trust.append(float(self._trust(routed, self._config.hidden_size)))
+            done = {name: result for name, result in (first | second).items() if name.startswith(f"{path}.")}
             self._report.note(done)
             self._let_go(path)
 
-    def _expert_inputs(self, expert: int, own: Moments, corrector: Tensor, prior: Tensor) -> Group:
-        path = f"mlp.experts.{expert}"
-        weights = self._led_back([f"{path}.gate_proj", f"{path}.up_proj"], corrector)
-        gram = shrunk_gram(own, prior, self._recipe.encode.shrinkage)
-        return Group(weights, Part.ROUTED_EXPERTS, MLP_INPUT, gram)
+    def _expert_inputs(self, names: Sequence[str], own: Moments, layer: _Inputs) -> Target:
+        gram = shrunk_gram(own, layer.gram, self._settings.shrinkage)
+        return Target(self._led_back(names, layer).weights, gram)
 
-    def _expert_down(self, expert: int, own: Moments, layer: Moments) -> Group:
-        name, trust = f"mlp.experts.{expert}.down_proj", self._trust(own)
-        gram = shrunk_gram(own, layer.mean_gram(), self._recipe.encode.shrinkage)
+    def _expert_down(self, name: str, own: Moments, layer: Moments) -> Target:
+        trust = self._trust(own, own.width)
+        gram = shrunk_gram(own, layer.mean_gram(), self._settings.shrinkage)
         residual = trust * own.mean_residual() + (1 - trust) * layer.mean_residual()
-        weight = corrected_weight(self._weight(name), gram, residual, self._recipe.encode.correction_damping)
-        return Group({name: weight}, Part.ROUTED_EXPERTS, EXPERTS_HIDDEN, gram)
+        weight = corrected_weight(self._weight(name), gram, residual, self._settings.correction_damping)
+        return Target({name: weight}, gram)
 
-    def _encode_corrected(self, name: str, part: Part, signs: str, moments: Moments) -> None:
+    def _made_up(self, name: str, moments: Moments) -> Target:
+        """A weight that makes up for what the stream lacks, and the Hessian of its input."""
         gram = moments.mean_gram()
-        damping = self._recipe.encode.correction_damping
+        damping = self._settings.correction_damping
         weight = corrected_weight(self._weight(name), gram, moments.mean_residual(), damping)
-        self._encode(Group({name: weight}, part, signs, gram))
+        return Target({name: weight}, gram)
 
-    def _encode(self, group: Group) -> None:
+    def _group(self, names: Sequence[str], part: Part, signs: str) -> Group:
+        weights = {name: linear_of(self._reference, name).weight.data for name in names}
+        return Group(weights, part, signs, self._worker)
+
+    def _encode(self, names: Sequence[str], part: Part, signs: str, aim: Callable[[], Target]) -> None:
         """Encode a group, report it and put it into the quantized layer."""
-        encoded = self._encoder.encode(self._report.index, [group])
+        encoded = self._encoder.encode(self._report.index, [self._group(names, part, signs)], lambda: [aim()])
         self._report.note(encoded)
         self._replace(encoded)
 
@@ -177,20 +189,20 @@ class LayerQuantizer:
         """Free the weights of an expert that nothing reads any more."""
         for layer in (self._reference, self._quantized):
             for name in ("gate_proj", "up_proj", "down_proj"):
-                weight = linear_of(layer, path + name).weight
+                weight = linear_of(layer, f"{path}.{name}").weight
                 weight.data = weight.data.new_empty(0)
 
-    def _trust(self, own: Moments) -> float | Tensor:
-        return shrinkage(own.effective_tokens, own.width, self._recipe.encode.shrinkage)
+    def _trust(self, own: TokenWeights, width: int) -> float | Tensor:
+        return shrinkage(own.effective_tokens, width, self._settings.shrinkage)
 
-    def _corrector(self, moments: Moments) -> Tensor:
-        """C with W C the weight that makes the bf16 output from the quantized prefix's input."""
-        identity = torch.eye(moments.width, device=moments.gram.device)
-        damping = self._recipe.encode.correction_damping
-        return corrected_weight(identity, moments.mean_gram(), moments.mean_residual(), damping)
+    def _corrected(self, moments: Moments) -> _Inputs:
+        """C, with W C the weight that makes the bf16 output of the quantized prefix's input; the Hessian."""
+        identity, gram = torch.eye(moments.width, device=moments.gram.device), moments.mean_gram()
+        damping = self._settings.correction_damping
+        return _Inputs(corrected_weight(identity, gram, moments.mean_residual(), damping), gram)
 
-    def _led_back(self, names: Sequence[str], corrector: Tensor) -> dict[str, Tensor]:
-        return {name: self._weight(name) @ corrector for name in names}
+    def _led_back(self, names: Sequence[str], inputs: _Inputs) -> Target:
+        return Target({name: self._weight(name) @ inputs.corrector for name in names}, inputs.gram)
 
     def _weight(self, name: str) -> Tensor:
         return linear_of(self._reference, name).weight.data.float()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ernieq.calibrate import Streams, narrow_layer
+from ernieq.convert.groups import Group, Target
 from ernieq.convert.layer import LayerQuantizer
-from ernieq.convert.recipe import KEEP, Recipe
-from ernieq.convert.unit_store import Unit
+from ernieq.convert.recipe import Recipe
 from ernieq.convert.workload import GroupShape, calibration_work, encoding_products
-from ernieq.encode import Batches, EncodeOptions, encode_batch, encode_matrices
+from ernieq.encode import Batches, EncodeOptions, EncodingResult, encode_batch, encode_matrices
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig, Rotary
 from ernieq.trellis import TILE_SIDE, TrellisCode
@@ -42,16 +42,15 @@ _NARROWER = (1, 2, 4, 8, 16)
 _LONG = 0.5  # seconds; what takes longer is measured once, as it comes
 
 
-class NoUnits:
-    """For layers whose matrices are all kept: there is nothing to fetch, and nothing to keep."""
+class TargetsAlone:
+    """In place of an encoder: works out what matrices should become, and leaves them as they are."""
 
-    def fetch(self, batch: Sequence[Sequence[str]]) -> list[Unit] | None:  # noqa: ARG002 - Units' signature
-        """None: nothing is there."""
-        return None
-
-    def keep(self, batch: Sequence[Unit], check: Callable[[Sequence[Unit]], None]) -> None:  # noqa: ARG002
-        """Never called."""
-        raise AssertionError("all matrices are kept")
+    def encode(
+        self, _layer: int | None, _groups: Sequence[Group], aim: Callable[[], Sequence[Target]]
+    ) -> dict[str, EncodingResult]:
+        """Nothing, after the target of every group has been worked out."""
+        aim()
+        return {}
 
 
 class Speed:
@@ -100,20 +99,23 @@ class Speed:
         few_length = min(length, few)
         few -= few % few_length
         seconds = self._layer_seconds(smaller, index, few // few_length, few_length)
-        rate = seconds / calibration_work(smaller, index, few, few_length)
+        rate = seconds / self._work(smaller, index, few, few_length)
         layers = range(config.num_hidden_layers)
-        return rate * sum(calibration_work(config, layer, tokens, length) for layer in layers)
+        return rate * sum(self._work(config, layer, tokens, length) for layer in layers)
 
     def _probed_size(self, index: int, tokens: int, length: int) -> tuple[ModelConfig, int]:
         """The widest layer, and the most tokens, whose calibration takes about a second."""
         most = _WORK[self._device.type]
         for divisor in _NARROWER:
             smaller, few = self._narrower(divisor), tokens
-            while few > _FEWEST_TOKENS and calibration_work(smaller, index, few, min(length, few)) > most:
+            while few > _FEWEST_TOKENS and self._work(smaller, index, few, min(length, few)) > most:
                 few = max(_FEWEST_TOKENS, few // 2)
-            if calibration_work(smaller, index, few, min(length, few)) <= most:
+            if self._work(smaller, index, few, min(length, few)) <= most:
                 break
         return smaller, few
+
+    def _work(self, config: ModelConfig, index: int, tokens: int, length: int) -> float:
+        return calibration_work(config, index, tokens, length, self._device)
 
     def _narrower(self, divisor: int) -> ModelConfig:
         """The model with widths divided, and as many experts as are quickly drawn."""
@@ -169,12 +171,9 @@ class Speed:
         )
 
     def _layer_seconds(self, config: ModelConfig, index: int, windows: int, length: int) -> float:
-        """Calibrate a drawn layer whose matrices are all kept."""
-        keep = dataclasses.replace(
-            self._recipe, parts=dict.fromkeys(self._recipe.parts, float(KEEP)), modules={}
-        )
+        """Calibrate a drawn layer, and encode nothing of it."""
         batches = Batches(config.moe_num_experts if self._device.type == "cuda" else 1, "experts")
-        quantizer = LayerQuantizer(config, keep, self._options, NoUnits(), experts=batches)
+        quantizer = LayerQuantizer(config, self._recipe.encode, TargetsAlone(), batches)
         angles = Rotary(config).angles(torch.arange(length))
         rotary = angles[0].to(self._device), angles[1].to(self._device)
 

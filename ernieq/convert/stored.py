@@ -21,11 +21,11 @@ from ernieq.calibrate import (
     LayerStatistics,
     hidden_of,
 )
-from ernieq.convert.groups import Group, GroupEncoder, LayerReport, linear_of
+from ernieq.convert.groups import Group, GroupEncoder, LayerReport, Target, linear_of
 from ernieq.convert.recipe import KEEP, Part, Recipe
 from ernieq.convert.tensor_file import TensorFile, write_tensor_file
 from ernieq.convert.unit_store import Units
-from ernieq.encode import Batches, EncodeOptions
+from ernieq.encode import Batches, EncodeOptions, EncodingResult
 from ernieq.errors import CheckpointError, FormatError
 from ernieq.model import DecoderLayer, ModelConfig
 from ernieq.pack import CalibrationRecord, RawTensor, file_sha256, little_endian_bytes, write_durably
@@ -34,6 +34,8 @@ from ernieq.untrusted import open_regular, read_json_object
 
 SUMMARY_NAME = "calibration.json"
 _MOST_SUMMARY_BYTES = 1 << 24
+
+_WithGram = tuple[Group, Tensor]  # a group, and the Hessian of its input
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,18 @@ def quantize_layer_from(
     """
     report = LayerReport(index)
     encoder = GroupEncoder(recipe, options, units, on_weights)
-    routed: list[list[Group]] = []  # gate and up, and down, of every expert
+    routed: list[list[_WithGram]] = []  # gate and up, and down, of every expert
 
-    def encode_routed(batch: Sequence[list[Group]]) -> None:
-        encoded = encoder.encode(index, [_moved(group, layer) for pair in batch for group in pair])
+    def encode(members: Sequence[_WithGram]) -> dict[str, EncodingResult]:
+        groups = [group for group, _ in members]
+        return encoder.encode(
+            index, groups, lambda: [Target(group.weights, gram.to(group.worker)) for group, gram in members]
+        )
+
+    def encode_routed(batch: Sequence[list[_WithGram]]) -> None:
+        encoded = encode([member for pair in batch for member in pair])
         for pair in batch:
-            names = [name for group in pair for name in group.weights if name in encoded]
+            names = [name for group, _ in pair for name in group.weights if name in encoded]
             report.note({name: encoded[name] for name in names})
 
     def encode_gathered() -> None:
@@ -115,23 +123,23 @@ def quantize_layer_from(
         routed.clear()
 
     for stored in layer_groups(config, index):
-        group = _with_gram(stored, index, layer, grams, recipe)
-        if group is not None and stored.part == Part.ROUTED_EXPERTS:
-            if not routed or _expert_of(routed[-1][-1]) != _expert_of(group):
+        member = _with_gram(stored, index, layer, grams, recipe)
+        if member is not None and stored.part == Part.ROUTED_EXPERTS:
+            if not routed or _expert_of(routed[-1][-1]) != _expert_of(member):
                 routed.append([])
-            routed[-1].append(group)
+            routed[-1].append(member)
             continue
         encode_gathered()
-        if group is not None:
-            report.note(encoder.encode(index, [_moved(group, layer)]))
+        if member is not None:
+            report.note(encode([member]))
     encode_gathered()
     return report
 
 
 def _with_gram(
     stored: StoredGroup, index: int, layer: DecoderLayer, grams: Mapping[str, Tensor], recipe: Recipe
-) -> Group | None:
-    """The weights of a group and its Hessian; None if the recipe keeps all of it."""
+) -> _WithGram | None:
+    """A group and its Hessian; None if the recipe keeps all of it."""
     weights = {name: linear_of(layer, name).weight.data for name in stored.names}
     if all(recipe.bits_of(f"model.layers.{index}.{name}", stored.part) == KEEP for name in weights):
         return None
@@ -139,16 +147,11 @@ def _with_gram(
     gram = grams.get(stored.gram)
     if gram is None or gram.shape != (width, width):
         raise CheckpointError(f"the Hessians of layer {index} hold no {stored.gram} of width {width}")
-    return Group(weights, stored.part, stored.signs, gram)
+    return Group(weights, stored.part, stored.signs, layer.input_layernorm.weight.device), gram
 
 
-def _expert_of(group: Group) -> str:
-    return next(iter(group.weights)).rpartition(".")[0]
-
-
-def _moved(group: Group, layer: DecoderLayer) -> Group:
-    """The group with its Hessian on the device of the layer."""
-    return replace(group, gram=group.gram.to(layer.input_layernorm.weight.device))
+def _expert_of(member: _WithGram) -> str:
+    return next(iter(member[0].weights)).rpartition(".")[0]
 
 
 class HessianDirectory:

@@ -85,7 +85,7 @@ def tune_model(
     device, narrow = workplace.device, not fits_in_float32(checkpoint.config, workplace)
     try:
         with float32_products(device, tensor_cores=True):
-            teacher = Teacher(checkpoint, windows, device)
+            teacher = Teacher(checkpoint, windows, workplace)
             student = TunableModel(checkpoint, matrices, device, routers=recipe.tune.routers, narrow=narrow)
             settings = dataclasses.replace(recipe.tune, learning_rate=_step_size(recipe.tune, matrices))
             report = Distillation(teacher, student, windows, settings, recipe.seed).run(on_step)

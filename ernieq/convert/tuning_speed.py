@@ -17,6 +17,7 @@ from ernieq.convert.distill import CHECKS, HELD_OUT, LOGIT_ROWS, TOKENS_AT_ONCE
 from ernieq.convert.learnt import LearntWeight, Recomputed, ScaledLinear, TunableNorm, TunableRouter
 from ernieq.convert.recipe import TuneSettings
 from ernieq.convert.speed import Speed, measured_seconds
+from ernieq.convert.teacher import windows_at_once
 from ernieq.convert.workload import feed_forward
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, Experts, ModelConfig, RmsNorm, Rotary, StackedExperts
@@ -51,12 +52,10 @@ class TuningSpeed:
         self._device, self._narrow = device, narrow
         self._generator = torch.Generator(device).manual_seed(0)
         self._length = min(settings.window, length)
-        self._windows = max(1, TOKENS_AT_ONCE // self._length)
         kinds = Counter(config.is_moe_layer(index) for index in range(config.num_hidden_layers))
         first = {config.is_moe_layer(index): index for index in reversed(range(config.num_hidden_layers))}
         self._layers = {first[kind]: count for kind, count in kinds.items()}  # one of each kind
-        while self._windows > 1 and self._work() > _WORK[device.type]:
-            self._windows //= 2
+        self._windows = self._affordable(max(1, TOKENS_AT_ONCE // self._length))
 
     def seconds(self, tokens: int) -> float:
         """Of the bf16 model once, of all steps, and of the looks at the text that is held out.
@@ -74,20 +73,24 @@ class TuningSpeed:
         at_once = self._windows * self._length
         looks = (1 + min(CHECKS, self._settings.steps)) * tokens / HELD_OUT / at_once
         steps = self._settings.steps * self._settings.batch_tokens / at_once
-        return tokens / at_once * teacher + steps * (both + head[1]) + looks * (there + head[0])
+        return tokens * teacher + steps * (both + head[1]) + looks * (there + head[0])
 
-    def _work(self) -> float:
-        config, tokens = self._config, self._windows * self._length
+    def _affordable(self, windows: int) -> int:
+        """So many windows, or as many as a layer of them is probed in about a second."""
+        config = self._config
         widths = (inner * active for inner, active in (feed_forward(config, index) for index in self._layers))
-        return tokens * config.hidden_size * (3 * max(widths) + 4 * config.hidden_size)
+        work = self._length * config.hidden_size * (3 * max(widths) + 4 * config.hidden_size)
+        while windows > 1 and windows * work > _WORK[self._device.type]:
+            windows //= 2
+        return windows
 
     def _teacher_seconds(self, index: int) -> float:
-        """Of all windows that are taken at once through a layer of the bf16 model, as ``Teacher`` runs it."""
+        """Of a token through a layer of the bf16 model, as ``Teacher`` runs it where the states have room."""
         layer = self._speed.drawn_layer(self._config, index)
-        drawn, angles = self._inputs()
-        hidden = drawn.cpu()
+        hidden, angles = self._inputs(self._affordable(windows_at_once(self._length, self._device)))
         with torch.no_grad():
-            return measured_seconds(lambda: layer(hidden.to(self._device), angles).cpu(), self._device)
+            seconds = measured_seconds(lambda: layer(hidden, angles), self._device)
+        return seconds / (hidden.shape[0] * hidden.shape[1])
 
     def _layer_seconds(self, index: int) -> tuple[float, float]:
         """Of all windows that are taken at once: there, and there and back."""
@@ -95,7 +98,7 @@ class TuningSpeed:
             layer = DecoderLayer(self._config, index)
         self._fill(layer.requires_grad_(False))
         probed: nn.Module = Recomputed(layer) if self._narrow else layer
-        hidden, angles = self._inputs()
+        hidden, angles = self._inputs(self._windows)
         hidden.requires_grad_()
 
         def run() -> Tensor:
@@ -104,10 +107,10 @@ class TuningSpeed:
 
         return self._there_and_back(run)
 
-    def _inputs(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Hidden states before a layer, and the rotary angles of a window."""
+    def _inputs(self, windows: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states of so many windows before a layer, and the rotary angles of a window."""
         angles = Rotary(self._config).angles(torch.arange(self._length, device=self._device))
-        return self._drawn(self._windows, self._length, self._config.hidden_size), angles
+        return self._drawn(windows, self._length, self._config.hidden_size), angles
 
     def _head_seconds(self) -> tuple[float, float]:
         """As of a layer: the bf16 model's logits and the quantized one's, and their divergence."""

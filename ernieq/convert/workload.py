@@ -9,12 +9,16 @@ angles, activations) is left to the rate, which is measured on the same passes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from ernieq.calibrate.mlp import PRIOR_TOKENS
 from ernieq.convert.groups import EMBEDDING, HEAD, full_name
 from ernieq.convert.stored import layer_groups
+from ernieq.kernels.token_sums import gram_entries
 from ernieq.model import ModelConfig, expected_parameters
 
 # A multiplication of a float64 solve takes so much longer than one of a float32 product.
@@ -59,7 +63,7 @@ def encoding_products(shape: GroupShape) -> float:
     return 3.5 * shape.rows * shape.columns**2
 
 
-def calibration_work(config: ModelConfig, index: int, tokens: int, length: int) -> float:
+def calibration_work(config: ModelConfig, index: int, tokens: int, length: int, device: torch.device) -> float:
     """Multiplications of calibrating one layer, those of the solving for its corrections as long as they take.
 
     Args:
@@ -67,21 +71,26 @@ def calibration_work(config: ModelConfig, index: int, tokens: int, length: int) 
         index: number of the layer.
         tokens: of the sample.
         length: tokens of a window.
+        device: where; a CPU works out half of a symmetric result.
     """
-    return calibration_products(config, index, tokens, length) + _DOUBLE * _solves(config, index)
+    return calibration_products(config, index, tokens, length, device) + _DOUBLE * _solves(config, index)
 
 
-def calibration_products(config: ModelConfig, index: int, tokens: int, length: int) -> float:
+def calibration_products(
+    config: ModelConfig, index: int, tokens: int, length: int, device: torch.device
+) -> float:
     """Multiplications of the float32 matrix products of calibrating one layer; as ``calibration_work``."""
     h, q = config.hidden_size, config.num_attention_heads * config.head_dim
     v = config.num_key_value_heads * config.head_dim
-    moments = 2 * h**2 + q**2 + h * q
+    gram = partial(gram_entries, device=device)
+    moments = gram(h) + h**2 + gram(q) + h * q
     contexts = 2 * (h * (q + 2 * v) + q * length)  # scores and their sums, the upper half left out
     attention = tokens * (moments + contexts + 3 * h * q) + (q + 2 * v) * h**2
     if config.is_moe_layer(index):
-        return attention + _experts(config, tokens)
+        return attention + _experts(config, tokens, gram)
     i = config.intermediate_size
-    return attention + tokens * (2 * h**2 + 3 * h * i) + 2 * i * h**2 + tokens * _down(h, i)
+    inputs, behind = gram(h) + h**2 + 3 * h * i, 8 * h * i + gram(i)
+    return attention + tokens * (inputs + behind) + 2 * i * h**2
 
 
 def feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
@@ -91,20 +100,15 @@ def feed_forward(config: ModelConfig, index: int) -> tuple[int, int]:
     return config.moe_intermediate_size, config.moe_k + config.moe_num_shared_experts
 
 
-def _experts(config: ModelConfig, tokens: int) -> float:
+def _experts(config: ModelConfig, tokens: int, gram: Callable[[int], int]) -> float:
     h, i, count = config.hidden_size, config.moe_intermediate_size, config.moe_num_experts
     shared = config.moe_num_shared_experts * i
-    inputs = 2 * h**2 + 3 * h * (config.moe_k * i + shared)
-    routed = config.moe_k * (h**2 + 7 * h * i + i**2)
-    prior = len(range(0, tokens, max(1, tokens // max(PRIOR_TOKENS, 2 * i)))) * (6 * h * i + i**2)
+    inputs = gram(h) + h**2 + 3 * h * (config.moe_k * i + shared)
+    routed = config.moe_k * (gram(h) + 7 * h * i + gram(i))
+    prior = len(range(0, tokens, max(1, tokens // max(PRIOR_TOKENS, 2 * i)))) * (6 * h * i + gram(i))
     corrections = 2 * (count * i + shared) * h**2
-    behind = _down(h, shared) if shared else 0
+    behind = 8 * h * shared + gram(shared)
     return tokens * (inputs + routed + behind) + count * prior + corrections
-
-
-def _down(h: int, i: int) -> int:
-    """Of a token: the pass behind gate and up of a dense or shared part, and the step to the next layer."""
-    return 8 * h * i + i**2
 
 
 def _solves(config: ModelConfig, index: int) -> float:

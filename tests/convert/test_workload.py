@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ernieq.calibrate import Streams
 from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
 from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_time, make_plan
-from ernieq.convert.speed import NoUnits, Speed
+from ernieq.convert.speed import Speed, TargetsAlone
 from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
+from ernieq.kernels.precision import one_thread
 from ernieq.model import Rotary
 from tests.convert.conversions import quick_recipe
 
@@ -44,12 +45,12 @@ class ProductCounter(TorchDispatchMode):
 def counted_products(checkpoint: Checkpoint, index: int, windows: int, length: int) -> int:
     """Multiplications of matrix products while a layer is calibrated, counted as they are made."""
     config = checkpoint.config
-    quantizer = LayerQuantizer(config, quick_recipe(parts=KEPT), EncodeOptions(threads=1), NoUnits())
+    quantizer = LayerQuantizer(config, quick_recipe().encode, TargetsAlone())
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(windows, length, config.hidden_size, generator=draw)
     rotary = Rotary(config).angles(torch.arange(length))
     counter = ProductCounter()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), counter:
+    with torch.no_grad(), one_thread(CPU), counter:  # other threads' products would not be counted
         quantizer.run(index, load_layer(checkpoint, index), Streams(hidden, hidden.clone()), rotary)
     return counter.count
 
@@ -61,7 +62,7 @@ def test_the_products_of_a_layer_are_those_that_are_made(
 ) -> None:
     checkpoint, length = open_checkpoint(tiny(**options)), 256
     found = counted_products(checkpoint, index, windows, length)
-    expected = calibration_products(checkpoint.config, index, windows * length, length)
+    expected = calibration_products(checkpoint.config, index, windows * length, length, CPU)
     assert expected == pytest.approx(found, rel=0.03)
 
 
@@ -121,7 +122,7 @@ def test_a_model_that_is_too_large_to_probe_is_calibrated_narrower_and_with_fewe
     assert calibration(1e9) > 0
     monkeypatch.setattr("ernieq.convert.speed._EXPERT_WEIGHTS", {"cpu": 3 * 32 * 16 * 3})
     assert calibration(1e9) > 0
-    assert calibration(calibration_work(config, 1, 128, 32) / 3) > 0
+    assert calibration(calibration_work(config, 1, 128, 32, CPU) / 3) > 0
     assert seen == [(32, 8), (32, 3), (16, 8)]
 
 
