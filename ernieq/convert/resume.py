@@ -63,10 +63,11 @@ def begin_job(
     if staging.journal.damaged:
         say(f"dropped {staging.journal.damaged} torn or damaged lines of the journal")
     check_touched(shards, found["changed"], staging.journal, say)
-    if found["threads"] != job["threads"]:
+    tuned = job["identity"].get("recipe", {}).get("tune", {}).get("enabled", False)
+    if tuned and found["threads"] != job["threads"]:
         say(
-            f"this was begun with --threads {found['threads']}: with {job['threads']} the last bits of sums, "
-            "and with them bytes of the output, may come out differently"
+            f"this was begun with --threads {found['threads']}: with {job['threads']} what is tuned may come "
+            "out with other last bits"
         )
     staging.begin(found | {"changed": job["changed"]})
     return dict(found["last_bits"])

@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable
 
 import pytest
+import torch
 
+from ernieq.convert.recipe import TuneSettings
 from ernieq.errors import JobDiffersError
 from tests.convert.conversions import file_hashes, write_words
 from tests.convert.faults import KilledError
@@ -68,6 +70,20 @@ def test_a_source_that_was_only_touched_is_compared_and_taken(job: Job) -> None:
     os.utime(job.source / "model.safetensors", (1, 1))
     job.run()
     assert any("comparing its contents" in line for line in job.lines)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_another_number_of_threads_is_mentioned_if_something_is_tuned(job: Job, tuned: bool) -> None:
+    job.recipe = dataclasses.replace(job.recipe, tune=TuneSettings(enabled=tuned, steps=2, window=16))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        job.stopped(5)
+        torch.set_num_threads(2)
+        job.run()
+    finally:
+        torch.set_num_threads(before)
+    assert any("begun with --threads 1" in line for line in job.lines) is tuned
 
 
 def test_an_output_that_was_published_before_a_kill_is_known_to_be_finished(
