@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,16 +167,31 @@ def test_a_second_process_on_one_output_is_refused(source: Path, tmp_path: Path)
         refused(quantize(source, tmp_path / "packed"), 2, "is being written by process", "--out")
 
 
+KILLED_BEHIND_A_LINE = """
+import os, signal, sys
+from ernieq.cli import main
+from ernieq.convert.journal import Journal
+
+append, left = Journal.append, int(sys.argv[1])
+
+def counted(journal, *arguments, **facts):
+    global left
+    append(journal, *arguments, **facts)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.append = counted
+main(sys.argv[2:])
+"""
+
+
 def test_a_process_that_is_killed_and_resumed_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
     done(quantize(source, tmp_path / "whole"))
-    out, journal = tmp_path / "packed", tmp_path / "packed.partial" / "journal.jsonl"
-    text = source.parent / "words.txt"
+    out, text = tmp_path / "packed", source.parent / "words.txt"
     arguments = ["quantize", source, "--out", out, "--text", text, *CODE, *SAMPLE]
-    command = [sys.executable, "-m", "ernieq.cli", *map(str, arguments)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 7):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+    command = [sys.executable, "-c", KILLED_BEHIND_A_LINE, "8", *map(str, arguments)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
     resumed = quantize(source, out)
     done(resumed)
     assert "resuming from" in resumed.stderr
