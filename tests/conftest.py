@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +26,13 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
         return write_tiny(tmp_path / f"tiny-{count}", **options)
 
     return write
+
+
+@pytest.fixture
+def threads_put_back() -> Iterator[None]:
+    """Put torch's number of threads back behind a test that sets it."""
+    import torch  # it stays out of the tests that do without it
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

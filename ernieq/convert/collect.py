@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ernieq.calibrate import (
     CalibrationSample,
     LayerStatistics,
+    Moments,
     Streams,
     TextFile,
     collect_layer,
@@ -22,7 +23,6 @@ from ernieq.checkpoint import Checkpoint, load_embedding, load_tokenizer
 from ernieq.convert.overlap import read_layers
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.workplace import Workplace
-from ernieq.kernels.token_sums import add_gram
 from ernieq.model import Rotary
 from ernieq.pack import CalibrationRecord
 
@@ -60,11 +60,10 @@ def head_gram(norm: nn.Module, streams: Streams, stream: Tensor) -> Tensor:
         streams: hidden states behind the last layer.
         stream: one of the two.
     """
-    gram = torch.zeros(streams.shape[2], streams.shape[2], device=streams.device)
+    moments = Moments(streams.shape[2], device=streams.device)
     for batch in streams.batches():
-        inputs = norm(streams.load(stream, batch).float()).flatten(0, 1)
-        add_gram(gram, inputs, inputs)
-    return gram / (streams.shape[0] * streams.shape[1])
+        moments.add(norm(streams.load(stream, batch).float()).flatten(0, 1))
+    return moments.mean_gram()
 
 
 @torch.no_grad()

@@ -72,17 +72,14 @@ def test_a_source_that_was_only_touched_is_compared_and_taken(job: Job) -> None:
     assert any("comparing its contents" in line for line in job.lines)
 
 
+@pytest.mark.usefixtures("threads_put_back")
 @pytest.mark.parametrize("tuned", [False, True])
 def test_another_number_of_threads_is_mentioned_if_something_is_tuned(job: Job, tuned: bool) -> None:
     job.recipe = dataclasses.replace(job.recipe, tune=TuneSettings(enabled=tuned, steps=2, window=16))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        job.stopped(5)
-        torch.set_num_threads(2)
-        job.run()
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    job.stopped(5)
+    torch.set_num_threads(2)
+    job.run()
     assert any("begun with --threads 1" in line for line in job.lines) is tuned
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,9 @@ from ernieq.kernels.backend import Backend, unusable_backend
 from ernieq.pack import Manifest, PackedReader
 from tests.convert.conversions import quick_recipe, write_words
 
+pytestmark = pytest.mark.usefixtures("threads_put_back")
 Tiny = Callable[..., Path]
 _VARIABLE = ("seconds", "tuning")  # of a report; threads cut the divergence's sum into parts
-
-
-@pytest.fixture(autouse=True)
-def _threads_are_put_back() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def converted(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernieq.calibrate import Streams
 from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
-from ernieq.convert import KEEP, LayerQuantizer, Part, estimate_time, make_plan
+from ernieq.convert import LayerQuantizer, estimate_time, make_plan
 from ernieq.convert.speed import Speed, TargetsAlone
 from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
@@ -24,7 +24,6 @@ from tests.convert.conversions import quick_recipe
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
-KEPT = dict.fromkeys(Part, float(KEEP))
 
 
 class ProductCounter(TorchDispatchMode):

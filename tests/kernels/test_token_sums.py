@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from ernieq.kernels.token_sums import add_gram, add_products
 
+pytestmark = pytest.mark.usefixtures("threads_put_back")
 TOKENS = 4096  # so many that a library splits the sum between threads
-
-
-@pytest.fixture(autouse=True)
-def _threads_are_put_back() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(tokens: int, width: int, seed: int) -> Tensor:
