@@ -30,6 +30,7 @@ from ernieq.convert import LayerQuantizer, Workplace, default_recipe
 from ernieq.convert.groups import GroupEncoder
 from ernieq.convert.journal import Journal
 from ernieq.convert.overlap import BackgroundQueue
+from ernieq.convert.snapshots import Mark
 from ernieq.convert.unit_store import UnitStore
 from ernieq.encode import EncodeOptions, encode_matrices, input_signs
 from ernieq.model import DecoderLayer, Rotary
@@ -163,7 +164,7 @@ def quantize(
                 units = UnitStore(Path(folder), journal, "synthetic", queue)
                 encoder = GroupEncoder(recipe, options, units, weights.append)
                 quantizer = LayerQuantizer(config, recipe.encode, encoder, batches)
-                report = quantizer.run(LAYER, placed_layer(checkpoint, place), streams, rotary)
+                report = quantizer.run(Mark(LAYER), placed_layer(checkpoint, place), streams, rotary)
                 queue.wait()
                 for name in units.used:
                     writer.add_encoded(name, units.matrix(name))

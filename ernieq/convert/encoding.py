@@ -19,7 +19,7 @@ from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.listener import ConversionReport, Listener
 from ernieq.convert.overlap import BackgroundQueue, read_layers
 from ernieq.convert.recipe import KEEP, Part, Recipe
-from ernieq.convert.snapshots import Snapshots
+from ernieq.convert.snapshots import Mark, Snapshots
 from ernieq.convert.stored import HessianDirectory, quantize_layer_from
 from ernieq.convert.unit_store import UnitStore
 from ernieq.convert.workplace import Workplace
@@ -96,25 +96,28 @@ class Encoding:
             sample: calibration windows.
             report: filled in, in the order of the file.
             before: number of a layer that must be done again, because a unit of it is damaged.
+
+        Raises:
+            DamagedUnitError: as ``LayerQuantizer.run``.
         """
         config = self._checkpoint.config
         count = config.num_hidden_layers
         finished = self._progress.finished_layers()
-        limit = min(len(finished), count if before is None else before)
+        limit = Mark(len(finished), attended=True) if before is None else Mark(min(before, len(finished)))
         untied = not config.tie_word_embeddings
-        if limit == count and not (untied and HEAD not in self._progress.units.modules):
-            first, streams = count, None
+        if limit.layer == count and not (untied and HEAD not in self._progress.units.modules):
+            begin, streams = Mark(count), None
         else:
-            first, streams = self._progress.snapshots.last(limit) or (0, None)
-        if first == 0 or not self._take_alone(EMBEDDING, Part.EMBEDDING, report):
+            begin, streams = self._progress.snapshots.last(limit) or (Mark(0), None)
+        if begin == Mark(0) or not self._take_alone(EMBEDDING, Part.EMBEDDING, report):
             looked_up = self._embed(sample, report)
-            streams = looked_up if first == 0 else streams
-        self._restore(report, [finished[index] for index in range(first)])
+            streams = looked_up if begin == Mark(0) else streams
+        self._restore(report, [finished[index] for index in range(begin.layer)])
         if streams is None:
             if untied:
                 self._take_alone(HEAD, Part.HEAD, report)
             return
-        self._quantize(first, self._workplace.place(streams), report)
+        self._quantize(begin, self._workplace.place(streams), report)
 
     def stored(self, hessians: HessianDirectory, report: ConversionReport) -> None:
         """Encode layer by layer with the Hessians of the unquantized model."""
@@ -136,23 +139,30 @@ class Encoding:
         if not config.tie_word_embeddings:
             self._encode_head(None, report)
 
-    def _quantize(self, first: int, streams: Streams, report: ConversionReport) -> None:
-        """Quantize the layers from ``first`` on, and an untied head."""
+    def _quantize(self, begin: Mark, streams: Streams, report: ConversionReport) -> None:
+        """Quantize what is beyond ``begin`` of the layers, and an untied head."""
         config = self._checkpoint.config
         read_on = config.num_hidden_layers - config.tie_word_embeddings  # layers whose output is read again
         cosine, sine = Rotary(config).angles(torch.arange(streams.shape[1]))
         rotary = cosine.to(streams.device), sine.to(streams.device)
         quantizer = LayerQuantizer(config, self._recipe.encode, self._encoder, self._experts)
-        for index, layer in self._layers(first):
-            self._finish_layer(report, quantizer.run(index, layer, streams, rotary))
+        for index, layer in self._layers(begin.layer):
+            before = max(begin, Mark(index))
+            done = quantizer.run(before, layer, streams, rotary, lambda mark: self._save(mark, streams))
+            self._finish_layer(report, done)
             del layer
-            if index < read_on and self._progress.snapshots.due(streams):
-                self._progress.queue.wait()
-                self._progress.snapshots.save(index + 1, streams)
+            if index < read_on:
+                self._save(Mark(index + 1), streams)
             self._progress.check_stop()
         if not config.tie_word_embeddings:
             norm = load_final_norm(self._checkpoint).to(streams.device)
             self._encode_head(head_gram(norm, streams, streams.quantized), report)
+
+    def _save(self, mark: Mark, streams: Streams) -> None:
+        """Save the streams if it is time, once all that has gone into them is journalled."""
+        if self._progress.snapshots.due(streams):
+            self._progress.queue.wait()
+            self._progress.snapshots.save(mark, streams)
 
     def _layers(self, first: int) -> Iterator[tuple[int, DecoderLayer]]:
         """Layers where the work is done: float32 on the CPU, as stored on a GPU."""

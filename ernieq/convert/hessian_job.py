@@ -13,7 +13,7 @@ from ernieq.convert.identity import Identity, job_identity
 from ernieq.convert.mishaps import mishaps_told
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.resume import begin_job, describe_job, same_job
-from ernieq.convert.snapshots import Snapshots
+from ernieq.convert.snapshots import Mark, Snapshots
 from ernieq.convert.staging import Staging
 from ernieq.convert.stored import SUMMARY_NAME, HessianDirectory
 from ernieq.convert.workplace import Workplace
@@ -104,7 +104,8 @@ class HessianJob:
             done += 1
         if done:
             self.on_line(f"resuming from {self.staging.path}: {done} of {count} layers are finished")
-        begin = snapshots.last(done)
+        saved = snapshots.last(Mark(done))
+        begin = (saved[0].layer, saved[1]) if saved else None
         for index in range(count if done == count else begin[0] if begin else 0):
             on_layer(index)
         if done == count:
@@ -119,7 +120,7 @@ class HessianJob:
 
         def on_streams(index: int, streams: Streams) -> None:
             if snapshots.due(streams):
-                snapshots.save(index, streams)
+                snapshots.save(Mark(index), streams)
             if self.should_stop():
                 raise InterruptedConversionError(
                     f"stopped: {index} of {count} layers are finished, kept in {self.staging.path}"

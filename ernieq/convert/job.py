@@ -163,8 +163,8 @@ class Conversion:
             progress = self._progress(order, job, queue)
             before: int | None = None
             while True:
-                report = self._encode(sample, progress, before)
                 try:
+                    report = self._encode(sample, progress, before)
                     self._write(order, report, sample, progress, hashes)
                 except DamagedUnitError as damage:  # it was whole when it was written: the disk has lost it
                     before = layer_of(damage.module)

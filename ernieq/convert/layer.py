@@ -25,11 +25,16 @@ from ernieq.calibrate import (
     shrinkage,
     shrunk_gram,
 )
-from ernieq.convert.groups import Encoder, Group, LayerReport, Target, linear_of
+from ernieq.convert.groups import Encoder, Group, LayerReport, Target, full_name, linear_of
 from ernieq.convert.recipe import EncodeSettings, Part
+from ernieq.convert.snapshots import Mark
+from ernieq.convert.unit_store import DamagedUnitError
 from ernieq.encode import Batches, EncodingResult, out_of_memory
 from ernieq.kernels.precision import float32_products
 from ernieq.model import DecoderLayer, ModelConfig
+
+_ATTENTION_INPUTS = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_ATTENTION_OUTPUT = "self_attn.o_proj"
 
 
 class _Inputs(NamedTuple):
@@ -63,23 +68,38 @@ class LayerQuantizer:
         self._expert_batches = experts or Batches(1, "experts")
 
     def run(
-        self, index: int, reference: DecoderLayer, streams: Streams, rotary: tuple[Tensor, Tensor]
+        self,
+        begin: Mark,
+        reference: DecoderLayer,
+        streams: Streams,
+        rotary: tuple[Tensor, Tensor],
+        on_streams: Callable[[Mark], None] = lambda _: None,
     ) -> LayerReport:
         """Quantize a layer and move both streams behind it.
 
         Args:
-            index: number of the layer.
+            begin: where the streams are: before the layer, or behind its attention, whose matrices are then
+                taken from what was encoded before.
             reference: the layer with its bf16 weights, widened to float32, or narrow (``narrow_layer``) on a
                 GPU; routed experts are let go of as soon as they are done.
-            streams: hidden states before the layer; afterwards, behind it.
+            streams: hidden states there; afterwards, behind the layer.
             rotary: cosine and sine of all positions of a window.
+            on_streams: called when the streams have been moved behind the attention.
+
+        Raises:
+            DamagedUnitError: a matrix of an attention that the streams are behind is no longer there.
         """
+        index = begin.layer
         self._report = LayerReport(index)
         self._reference = reference
         self._quantized = shared_copy(reference)
         self._worker = streams.device
         with float32_products(streams.device, tensor_cores=False):
-            self._attention(AttentionPass(reference, self._quantized, streams, rotary))
+            if begin.attended:
+                self._attended()
+            else:
+                self._attention(AttentionPass(reference, self._quantized, streams, rotary))
+                on_streams(Mark(index, attended=True))
             mlp = MlpPass(reference, self._quantized, streams)
             inputs = cache(lambda: self._corrected(mlp.input_moments()))
             if self._config.is_moe_layer(index):
@@ -97,10 +117,19 @@ class LayerQuantizer:
         def context() -> Target:
             return self._made_up(output, attention.context_moments())
 
-        names, output = [f"self_attn.{name}_proj" for name in "qkv"], "self_attn.o_proj"
+        names, output = _ATTENTION_INPUTS, _ATTENTION_OUTPUT
         self._encode(names, Part.ATTENTION, ATTENTION_INPUT, inputs)
         self._encode([output], Part.ATTENTION, ATTENTION_CONTEXT, context)
         attention.advance()
+
+    def _attended(self) -> None:
+        """Take the matrices of an attention that the streams are behind."""
+
+        def lost(name: str) -> Target:
+            raise DamagedUnitError(full_name(self._report.index, name))
+
+        self._encode(_ATTENTION_INPUTS, Part.ATTENTION, ATTENTION_INPUT, lambda: lost(_ATTENTION_INPUTS[0]))
+        self._encode([_ATTENTION_OUTPUT], Part.ATTENTION, ATTENTION_CONTEXT, lambda: lost(_ATTENTION_OUTPUT))
 
     def _dense(self, mlp: MlpPass, path: str, part: Part, inputs: Callable[[], _Inputs]) -> None:
         names = [f"{path}.gate_proj", f"{path}.up_proj"]

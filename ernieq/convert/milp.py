@@ -14,8 +14,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 _TIME_LIMIT = 60.0  # seconds; tens of units with ten options take well below one
 _RELATIVE_GAP = 1e-5
@@ -62,6 +60,10 @@ def _total(units: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
 
 def _solve(units: Sequence[Sequence[Option]], budget: float) -> list[int] | None:
     """One run of the solver: a binary variable per unit and option."""
+    # A quarter of a second, which a conversion that chooses nothing need not wait for.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     owner = np.repeat(np.arange(len(units)), [len(options) for options in units])
     costs = np.array([option.cost for options in units for option in options])
     weights = np.array([option.weight for options in units for option in options])

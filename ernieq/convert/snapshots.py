@@ -1,20 +1,21 @@
-"""Hidden states between two layers, saved so that a resumed run need not begin at the first layer."""
+"""Hidden states within the model, saved so that a resumed run need not begin at the first layer."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ernieq.calibrate import Streams
 from ernieq.convert.journal import Journal
-from ernieq.convert.tensor_file import TensorFile, read_tensor_file, write_tensor_file
+from ernieq.convert.tensor_file import TensorFile, read_tensor_file, write_unread
 from ernieq.pack import RawTensor
 
 _SNAPSHOT = "snapshot"
-# A snapshot is written when the last one is so many times as long ago as it took: 2.5 % of the time at most.
+# A snapshot is written when so many times as long has passed as those before it took: 2.5 %, and one more.
 PATIENCE = 40
 # Bytes of the first one for every second that has passed. The rate of a disk is not known before: at 500 MB/s,
 # hashed and synced, it takes 5 % of the time until then.
@@ -22,6 +23,18 @@ _FIRST_BYTES_A_SECOND = 25e6
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _UNITS = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+class Mark(NamedTuple):
+    """How far streams have got; of two marks the greater one is further on.
+
+    Attributes:
+        layer: number of the layer that they are before.
+        attended: they are behind the attention of that layer, and before its feed-forward part.
+    """
+
+    layer: int
+    attended: bool = False
 
 
 class Snapshots:
@@ -36,25 +49,29 @@ class Snapshots:
 
     def __init__(self, folder: Path, journal: Journal, *, interrupted: bool) -> None:
         self._folder, self._journal, self._interrupted = folder, journal, interrupted
-        self._began, self._next = time.monotonic(), 0.0
+        self._began, self._spent = time.monotonic(), 0.0
 
-    def last(self, before: int) -> tuple[int, Streams] | None:
-        """The last whole snapshot before that layer or an earlier one: which layer it is, and the streams."""
-        for event in reversed(list(self._journal.events(_SNAPSHOT))):
-            file = read_tensor_file(self._folder / event["file"], event["sha256"])
-            if file is not None and event["layer"] <= before:
-                return event["layer"], Streams(_tensor(file, "reference"), _tensor(file, "quantized"))
+    def last(self, limit: Mark) -> tuple[Mark, Streams] | None:
+        """The last whole snapshot that is no further on than ``limit``: its mark, and the streams."""
+        for event in reversed(self._journal.events(_SNAPSHOT)):
+            mark = Mark(event["layer"], event["attended"])
+            file = read_tensor_file(self._folder / event["file"], event["sha256"]) if mark <= limit else None
+            if file is not None:
+                return mark, Streams(_tensor(file, "reference"), _tensor(file, "quantized"))
         return None
 
     def due(self, streams: Streams) -> bool:
-        """Whether the last one is long enough ago, or the beginning."""
-        if not self._next:
-            size = streams.reference.nbytes + streams.quantized.nbytes
-            return self._interrupted or time.monotonic() >= self._began + size / _FIRST_BYTES_A_SECOND
-        return time.monotonic() >= self._next
+        """Whether the time that snapshots have taken is little by now."""
+        passed = time.monotonic() - self._began
+        if self._spent:
+            return passed >= PATIENCE * self._spent
+        size = streams.reference.nbytes + streams.quantized.nbytes
+        return self._interrupted or passed >= size / _FIRST_BYTES_A_SECOND
 
-    def save(self, layer: int, streams: Streams) -> None:
-        """Save the streams before a layer; all units before it must have been journalled.
+    def save(self, mark: Mark, streams: Streams) -> None:
+        """Save the streams; all units that have gone into them must have been journalled.
+
+        It is not read again: a damaged one costs time, and no work.
 
         Raises:
             StorageError: the disk refuses.
@@ -62,14 +79,13 @@ class Snapshots:
         started = time.monotonic()
         streams.wait()
         raw = {"reference": _raw(streams.reference), "quantized": _raw(streams.quantized)}
-        path = self._folder / f"streams-{layer:05d}.safetensors"
-        digest = write_tensor_file(path, TensorFile(raw, {"layer": layer}).chunks())
-        self._journal.append(_SNAPSHOT, layer=layer, file=path.name, sha256=digest)
+        path = self._folder / f"streams-{mark.layer:05d}{'-attended' if mark.attended else ''}.safetensors"
+        digest = write_unread(path, TensorFile(raw, mark._asdict()).chunks())
+        self._journal.append(_SNAPSHOT, **mark._asdict(), file=path.name, sha256=digest)
         for older in self._folder.iterdir():
             if older != path:
                 older.unlink()
-        now = time.monotonic()
-        self._next = now + PATIENCE * (now - started)
+        self._spent += time.monotonic() - started
 
 
 def _raw(stream: Tensor) -> RawTensor:

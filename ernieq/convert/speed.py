@@ -18,6 +18,7 @@ from ernieq.calibrate import Streams, narrow_layer
 from ernieq.convert.groups import Group, Target
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import Recipe
+from ernieq.convert.snapshots import Mark
 from ernieq.convert.workload import GroupShape, calibration_work, encoding_products
 from ernieq.encode import Batches, EncodeOptions, EncodingResult, encode_batch, encode_matrices
 from ernieq.kernels.precision import float32_products
@@ -180,7 +181,7 @@ class Speed:
         def calibrate() -> float:
             layer, hidden = self.drawn_layer(config, index), self._drawn(windows, length, config.hidden_size)
             streams = Streams(hidden, hidden.clone())
-            return _timed(lambda: quantizer.run(index, layer, streams, rotary), self._device)
+            return _timed(lambda: quantizer.run(Mark(index), layer, streams, rotary), self._device)
 
         with torch.no_grad():
             first = calibrate()  # memory is taken from the system for the first time

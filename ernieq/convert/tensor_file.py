@@ -56,12 +56,18 @@ def write_tensor_file(path: Path, chunks: list[bytes | memoryview]) -> str:
         StorageError: the disk refuses.
         VerificationError: what is read is not what was written.
     """
+    digest = write_unread(path, chunks)
+    if file_sha256(path) != digest:
+        raise VerificationError(f"{path} was written and read again, and is not the same: the disk is damaged")
+    return digest
+
+
+def write_unread(path: Path, chunks: list[bytes | memoryview]) -> str:
+    """``write_tensor_file`` without reading again."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
     write_durably(path, chunks)
-    if file_sha256(path) != digest.hexdigest():
-        raise VerificationError(f"{path} was written and read again, and is not the same: the disk is damaged")
     return digest.hexdigest()
 
 

@@ -36,8 +36,8 @@ _UNIT = "unit"
 class DamagedUnitError(VerificationError):
     """A unit was journalled, and its file is no longer what it was."""
 
-    def __init__(self, module: str, path: Path) -> None:
-        super().__init__(f"{path}, which holds {module}, is missing or damaged")
+    def __init__(self, module: str) -> None:
+        super().__init__(f"what was encoded of {module} is missing or damaged")
         self.module = module
 
 
@@ -143,7 +143,7 @@ class UnitStore:
         if self._open is None or self._open[0] != key:
             unit = self._read(key)
             if unit is None:
-                raise DamagedUnitError(module, self._path(key))
+                raise DamagedUnitError(module)
             self._open = key, unit
         return self._open[1].matrices[module]
 

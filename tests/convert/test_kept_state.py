@@ -48,3 +48,48 @@ def test_the_first_snapshot_waits_for_its_size_unless_the_job_was_interrupted_be
     saved = snapshots.Snapshots(tmp_path, journal, interrupted=interrupted)
     streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
     assert saved.due(streams) is due
+
+
+def test_snapshots_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def written(path: Path, _: object) -> str:
+        clock[0] += 2
+        path.touch()
+        return ""
+
+    monkeypatch.setattr(snapshots.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(snapshots, "write_unread", written)
+    saved = snapshots.Snapshots(tmp_path, Journal(tmp_path / "journal.jsonl"), interrupted=True)
+    streams, times = Streams(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)), list[float]()
+    while clock[0] < 300:
+        if saved.due(streams):
+            times.append(clock[0])
+            saved.save(snapshots.Mark(len(times), attended=True), streams)
+        clock[0] += 1
+    assert times == [0, 80, 160, 240], "each waits for forty times what those before it have taken"
+
+
+@pytest.mark.parametrize(
+    ("limit", "found"),
+    [
+        (snapshots.Mark(2), snapshots.Mark(1, attended=True)),
+        (snapshots.Mark(1, attended=True), snapshots.Mark(1, attended=True)),
+        (snapshots.Mark(1), None),
+    ],
+)
+def test_a_snapshot_that_is_too_far_on_is_not_taken(
+    tmp_path: Path, limit: snapshots.Mark, found: snapshots.Mark | None
+) -> None:
+    (tmp_path / "state").mkdir()
+    journal = Journal(tmp_path / "journal.jsonl")
+    saved = snapshots.Snapshots(tmp_path / "state", journal, interrupted=False)
+    reference, quantized = torch.rand(1, 4, 4), torch.rand(1, 4, 4)
+    saved.save(snapshots.Mark(1), Streams(quantized, reference))
+    saved.save(snapshots.Mark(1, attended=True), Streams(reference, quantized))
+    assert len(list((tmp_path / "state").iterdir())) == 1
+    last = saved.last(limit)
+    assert (last and last[0]) == found
+    if last is not None:
+        assert torch.equal(last[1].reference, reference)
+        assert torch.equal(last[1].quantized, quantized)

@@ -18,6 +18,7 @@ from ernieq.calibrate import AttentionPass, MlpPass
 from ernieq.convert import HessianDirectory, groups, snapshots
 from ernieq.convert.layer import LayerQuantizer
 from ernieq.convert.recipe import TuneSettings
+from ernieq.convert.snapshots import Mark
 from ernieq.errors import OutputExistsError, VerificationError
 from tests.cli.quantizing import done, run
 from tests.convert.conversions import convert, quick_recipe, write_words
@@ -78,18 +79,23 @@ def test_a_stop_after_any_unit_loses_none_and_changes_no_byte(
     assert [path.name for path in job.out.parent.iterdir() if path.suffix != ".txt"] == ["packed"]
 
 
-def test_layers_before_the_saved_states_are_not_run_again(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("after", "attended"), [(19, False), (25, True)], ids=["within attention", "within experts"]
+)
+def test_what_is_before_the_saved_states_is_not_run_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch, after: int, attended: bool
+) -> None:
     monkeypatch.setattr(snapshots, "PATIENCE", 0)
-    job.stopped(25)  # within the last of three layers
-    layers, genuine = list[int](), LayerQuantizer.run
+    job.stopped(after)  # within the last of three layers
+    marks, genuine = list[Mark](), LayerQuantizer.run
 
-    def noted(self: LayerQuantizer, index: int, *arguments: Any) -> Any:
-        layers.append(index)
-        return genuine(self, index, *arguments)
+    def noted(self: LayerQuantizer, begin: Mark, *arguments: Any) -> Any:
+        marks.append(begin)
+        return genuine(self, begin, *arguments)
 
     monkeypatch.setattr(LayerQuantizer, "run", noted)
     job.run()
-    assert layers == [2]
+    assert marks == [Mark(2, attended=attended)]
 
 
 @pytest.mark.parametrize(("after", "attention"), [(19, 1), (25, 0)], ids=["within attention", "within experts"])
@@ -102,6 +108,7 @@ def test_hessians_are_collected_for_what_is_missing_alone(
     for owner, name in (
         (AttentionPass, "input_moments"),
         (AttentionPass, "context_moments"),
+        (AttentionPass, "advance"),
         (MlpPass, "experts_input_moments"),
         (MlpPass, "experts_down_moments"),
     ):
@@ -115,7 +122,7 @@ def test_hessians_are_collected_for_what_is_missing_alone(
     job.run()
     experts = [name for name in job.encoded if ".experts." in name]
     assert collected["input_moments"] == 0
-    assert collected["context_moments"] == attention
+    assert collected["context_moments"] == collected["advance"] == attention
     assert collected["experts_input_moments"] == sum("gate_proj" in name for name in experts)
     assert collected["experts_down_moments"] == sum("down_proj" in name for name in experts)
 
@@ -160,14 +167,20 @@ def test_a_stop_while_scales_are_tuned_keeps_every_matrix(
 
 
 @pytest.mark.parametrize("damage", ["lost", "altered"])
+@pytest.mark.parametrize("layer", [0, 2], ids=["a finished layer's", "before the saved states"])
 def test_a_damaged_unit_is_named_and_encoded_again(
-    job: Job, uninterrupted: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, damage: str
+    job: Job,
+    uninterrupted: Callable[[], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    layer: int,
+    damage: str,
 ) -> None:
     monkeypatch.setattr(snapshots, "PATIENCE", 0)
     wanted = uninterrupted()
-    job.stopped(25)
+    job.stopped(25)  # within the experts of the last of three layers
     entries = [json.loads(line) for line in (job.staging / "journal.jsonl").read_text().splitlines()]
-    entry = next(entry for entry in entries if entry.get("modules") == ["model.layers.0.self_attn.o_proj"])
+    module = f"model.layers.{layer}.self_attn.o_proj"
+    entry = next(entry for entry in entries if entry.get("modules") == [module])
     unit = job.staging / "units" / f"{entry['key']}.safetensors"
     if damage == "lost":
         unit.unlink()
@@ -176,8 +189,8 @@ def test_a_damaged_unit_is_named_and_encoded_again(
         raw[-9] ^= 1
         unit.write_bytes(raw)
     job.run()
-    assert any("self_attn.o_proj is encoded again" in line for line in job.lines)
-    assert job.encoded.count("self_attn.o_proj") in (1, 2)  # that of the last layer was still to come
+    assert any(f"{module} is encoded again" in line for line in job.lines)
+    assert job.encoded.count("self_attn.o_proj") == 1
     assert contents(job.out) == wanted
 
 

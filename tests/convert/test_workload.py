@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ernieq.calibrate import Streams
 from ernieq.checkpoint import Checkpoint, load_layer, open_checkpoint
 from ernieq.convert import LayerQuantizer, estimate_time, make_plan
+from ernieq.convert.snapshots import Mark
 from ernieq.convert.speed import Speed, TargetsAlone
 from ernieq.convert.workload import calibration_products, calibration_work, encoded_groups
 from ernieq.encode import EncodeOptions
@@ -50,7 +51,8 @@ def counted_products(checkpoint: Checkpoint, index: int, windows: int, length: i
     rotary = Rotary(config).angles(torch.arange(length))
     counter = ProductCounter()  # type: ignore[no-untyped-call]
     with torch.no_grad(), one_thread(CPU), counter:  # other threads' products would not be counted
-        quantizer.run(index, load_layer(checkpoint, index), Streams(hidden, hidden.clone()), rotary)
+        streams = Streams(hidden, hidden.clone())
+        quantizer.run(Mark(index), load_layer(checkpoint, index), streams, rotary)
     return counter.count
 
 
