@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ernieq.calibrate import Streams
 from ernieq.convert.journal import Journal
-from ernieq.convert.tensor_file import TensorFile, read_tensor_file, write_unread
+from ernieq.convert.tensor_file import TensorFile, read_tensor_file, write_large_file
 from ernieq.pack import RawTensor
 
 _SNAPSHOT = "snapshot"
@@ -80,7 +80,7 @@ class Snapshots:
         streams.wait()
         raw = {"reference": _raw(streams.reference), "quantized": _raw(streams.quantized)}
         path = self._folder / f"streams-{mark.layer:05d}{'-attended' if mark.attended else ''}.safetensors"
-        digest = write_unread(path, TensorFile(raw, mark._asdict()).chunks())
+        digest = write_large_file(path, TensorFile(raw, mark._asdict()).chunks())
         self._journal.append(_SNAPSHOT, **mark._asdict(), file=path.name, sha256=digest)
         for older in self._folder.iterdir():
             if older != path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,19 @@ def write_tensor_file(path: Path, chunks: list[bytes | memoryview]) -> str:
         StorageError: the disk refuses.
         VerificationError: what is read is not what was written.
     """
-    digest = write_unread(path, chunks)
+    digest = _sha256(chunks)
+    write_durably(path, chunks)
     if file_sha256(path) != digest:
         raise VerificationError(f"{path} was written and read again, and is not the same: the disk is damaged")
     return digest
 
 
-def write_unread(path: Path, chunks: list[bytes | memoryview]) -> str:
-    """``write_tensor_file`` without reading again."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    write_durably(path, chunks)
-    return digest.hexdigest()
+def write_large_file(path: Path, chunks: list[bytes | memoryview]) -> str:
+    """``write_tensor_file`` for hundreds of megabytes: hashed while it is written, and not read again."""
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        digest = beside.submit(_sha256, chunks)
+        write_durably(path, chunks)
+    return digest.result()
 
 
 def read_tensor_file(path: Path, sha256: str) -> TensorFile | None:
@@ -82,6 +83,13 @@ def read_tensor_file(path: Path, sha256: str) -> TensorFile | None:
     except OSError:
         return None
     return parse_tensor_file(raw) if hashlib.sha256(raw).hexdigest() == sha256 else None
+
+
+def _sha256(chunks: list[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def array_of(tensor: RawTensor, dtype: str) -> NDArray[Any]:

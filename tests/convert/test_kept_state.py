@@ -58,8 +58,8 @@ def test_snapshots_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: py
         path.touch()
         return ""
 
-    monkeypatch.setattr(snapshots.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(snapshots, "write_unread", written)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(snapshots, "write_large_file", written)
     saved = snapshots.Snapshots(tmp_path, Journal(tmp_path / "journal.jsonl"), interrupted=True)
     streams, times = Streams(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)), list[float]()
     while clock[0] < 300:
