@@ -297,6 +297,7 @@ def main() -> None:
         "byte_equal": sum(not life["differing"] for life in lives),
         "differing_files": [life["differing"] for life in lives],
         "resume_seconds_until_encoding": {
+            "all": [life["resume_seconds"] for life in lives],
             "median": statistics.median(waits) if waits else None,
             "longest": max(waits, default=None),
         },

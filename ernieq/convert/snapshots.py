@@ -44,7 +44,7 @@ class Snapshots:
         folder: where the files are; must exist.
         journal: says which one is whole.
         interrupted: whether the job was begun by an earlier run; it may be interrupted again, so the first one
-            is written at once.
+            is written at once, and not counted.
     """
 
     def __init__(self, folder: Path, journal: Journal, *, interrupted: bool) -> None:
@@ -62,11 +62,12 @@ class Snapshots:
 
     def due(self, streams: Streams) -> bool:
         """Whether the time that snapshots have taken is little by now."""
+        if self._interrupted:
+            return True
         passed = time.monotonic() - self._began
         if self._spent:
             return passed >= PATIENCE * self._spent
-        size = streams.reference.nbytes + streams.quantized.nbytes
-        return self._interrupted or passed >= size / _FIRST_BYTES_A_SECOND
+        return passed >= (streams.reference.nbytes + streams.quantized.nbytes) / _FIRST_BYTES_A_SECOND
 
     def save(self, mark: Mark, streams: Streams) -> None:
         """Save the streams; all units that have gone into them must have been journalled.
@@ -85,7 +86,8 @@ class Snapshots:
         for older in self._folder.iterdir():
             if older != path:
                 older.unlink()
-        self._spent += time.monotonic() - started
+        self._spent += 0.0 if self._interrupted else time.monotonic() - started
+        self._interrupted = False
 
 
 def _raw(stream: Tensor) -> RawTensor:

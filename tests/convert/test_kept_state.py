@@ -48,6 +48,9 @@ def test_the_first_snapshot_waits_for_its_size_unless_the_job_was_interrupted_be
     saved = snapshots.Snapshots(tmp_path, journal, interrupted=interrupted)
     streams = Streams(torch.zeros(1, 32, 32), torch.zeros(1, 32, 32))
     assert saved.due(streams) is due
+    saved.save(snapshots.Mark(0), streams)
+    monkeypatch.setattr(snapshots, "PATIENCE", 1e12)
+    assert not saved.due(streams), "a second one waits"
 
 
 def test_snapshots_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +70,9 @@ def test_snapshots_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: py
             times.append(clock[0])
             saved.save(snapshots.Mark(len(times), attended=True), streams)
         clock[0] += 1
-    assert times == [0, 80, 160, 240], "each waits for forty times what those before it have taken"
+    assert times == [0, 3, 80, 160, 240], (
+        "each waits for forty times what all but the first have taken"
+    )
 
 
 @pytest.mark.parametrize(
