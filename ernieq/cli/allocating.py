@@ -61,7 +61,7 @@ def allocate(run: ConversionRun, recipe: Recipe, target: Target, pinned: Sequenc
         shorter = replace(recipe.calibration, windows=sample.windows.shape[0])
         recipe = replace(recipe, calibration=shorter)
     else:
-        sample = draw_sample(checkpoint, run.calibration, recipe)
+        sample = run.sample(recipe)
 
     def on_layer(what: str, done: int, total: int) -> None:
         progress.update(f"measuring: {what}", done, total)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ernieq.calibrate import TextFile
+from ernieq.calibrate import CalibrationSample, TextFile
 from ernieq.checkpoint import Checkpoint
 from ernieq.cli.shared import ProgressReport
 from ernieq.convert import (
     Allocation,
+    CalibrationSettings,
     Conversion,
     ConversionReport,
     HessianDirectory,
@@ -21,6 +22,7 @@ from ernieq.convert import (
     Listener,
     Recipe,
     Staging,
+    draw_sample,
 )
 from ernieq.encode import EncodeOptions
 from ernieq.errors import InterruptedConversionError
@@ -56,6 +58,19 @@ class ConversionRun:
     progress: ProgressReport
     staging: Staging | None
     should_stop: Callable[[], bool]
+    _drawn: dict[tuple[CalibrationSettings, int], CalibrationSample] = field(default_factory=dict, init=False)
+
+    def sample(self, recipe: Recipe) -> CalibrationSample:
+        """The calibration sample of a recipe; a text is tokenised once for all that ask.
+
+        Raises:
+            TextError: the text is shorter than one window.
+        """
+        assert not isinstance(self.calibration, HessianDirectory), "stored Hessians have no text"
+        key = recipe.calibration, recipe.seed
+        if key not in self._drawn:
+            self._drawn[key] = draw_sample(self.checkpoint, self.calibration, recipe)
+        return self._drawn[key]
 
     def check_stop(self) -> None:
         """Stop between two steps of work that is not saved.
@@ -68,16 +83,18 @@ class ConversionRun:
 
     def conversion(self, recipe: Recipe, allocation: Allocation | None = None) -> Conversion:
         """A conversion by a recipe, or by the one of an allocation, which the manifest then tells of."""
+        used = recipe if allocation is None else allocation.recipe
         return Conversion(
             self.checkpoint,
             self.name,
-            recipe if allocation is None else allocation.recipe,
+            used,
             self.calibration,
             self.options,
             self._listener(),
             device=self.device,
             vram_bytes=self.vram_bytes,
             allocation=None if allocation is None else allocation.to_json(),
+            draw=lambda: self.sample(used),
         )
 
     def convert(

@@ -18,7 +18,6 @@ from ernieq.convert import (
     audited_plan,
     check_preflight,
     coverage_sentence,
-    draw_sample,
     estimate_time,
     keep_pace,
     remaining_seconds,
@@ -66,7 +65,7 @@ class Prepared:
         run = self.run
         windows = 0
         if not isinstance(run.calibration, HessianDirectory):
-            windows = draw_sample(run.checkpoint, run.calibration, self.recipe).windows.shape[0]
+            windows = run.sample(self.recipe).windows.shape[0]
         return estimate_time(
             run.checkpoint.config,
             self.plan,

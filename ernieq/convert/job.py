@@ -66,6 +66,7 @@ class Conversion:
         device: the CPU, or the GPU that is to do the work.
         vram_bytes: GPU memory that may be used; 90 % of what is free by default.
         allocation: how the bits were chosen, for the manifest; None if the user did.
+        draw: draws the calibration sample, or has drawn it already; by default from the texts.
 
     Raises:
         CheckpointError, RecipeError: the plan can't be made.
@@ -87,13 +88,14 @@ class Conversion:
         device: torch.device = CPU,
         vram_bytes: int | None = None,
         allocation: Mapping[str, Any] | None = None,
+        draw: Callable[[], CalibrationSample] | None = None,
     ) -> None:
         self._allocation = {} if allocation is None else {"allocation": dict(allocation)}
         self._checkpoint = checkpoint
         self._source_name = source_name
         self._aux_files = checkpoint.aux_files()  # listed now: one that vanishes later must be missed
         self._recipe = recipe
-        self._calibration = calibration
+        self._calibration, self._draw = calibration, draw
         self._listener = listener or Listener()
         self._workplace = Workplace.on(device, vram_bytes)
         config, tokens = checkpoint.config, self._streamed_tokens()
@@ -231,7 +233,8 @@ class Conversion:
         texts = self._calibration
         if isinstance(texts, HessianDirectory):
             return None
-        return sample_of_job(staging, lambda: draw_sample(self._checkpoint, texts, self._recipe))
+        draw = self._draw or (lambda: draw_sample(self._checkpoint, texts, self._recipe))
+        return sample_of_job(staging, draw)
 
     def _encode(
         self, sample: CalibrationSample | None, progress: JobProgress, before: int | None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ernieq.calibrate import CalibrationSample, sample_windows
+from ernieq.convert import collect
 from ernieq.convert.resources import Memory
 from tests.cli.quantizing import Untouched, done, quantize, refused
 from tests.convert.conversions import file_hashes, write_words
@@ -102,6 +105,23 @@ def test_a_plan_in_one_line_comes_first_and_what_was_covered_last(source: Path, 
         assert words in lines[0]
     assert lines[-2] == "source: 57 tensors read, all finite, no row of zeros"
     assert lines[-1] == "coverage: 57 source tensors, 46 quantized, 11 kept, 0 missing"
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--target-bpw", "6"), ("--dry-run",)], ids=["bits", "a target", "a dry run"]
+)
+def test_a_text_is_tokenised_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    texts, genuine = list[object](), sample_windows
+
+    def counted(*arguments: Any, **settings: Any) -> CalibrationSample:
+        texts.append(arguments[0])
+        return genuine(*arguments, **settings)
+
+    monkeypatch.setattr(collect, "sample_windows", counted)
+    done(quantize(source, tmp_path / "packed", *options))
+    assert len(texts) == 1
 
 
 def test_on_a_terminal_the_whole_plan_comes_first(

@@ -70,9 +70,7 @@ def test_snapshots_take_a_small_part_of_the_time(tmp_path: Path, monkeypatch: py
             times.append(clock[0])
             saved.save(snapshots.Mark(len(times), attended=True), streams)
         clock[0] += 1
-    assert times == [0, 3, 80, 160, 240], (
-        "each waits for forty times what all but the first have taken"
-    )
+    assert times == [0, 3, 80, 160, 240], "each waits for forty times what all but the first have taken"
 
 
 @pytest.mark.parametrize(
