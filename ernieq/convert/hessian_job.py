@@ -11,6 +11,7 @@ from ernieq.checkpoint import Checkpoint
 from ernieq.convert.collect import collect_statistics
 from ernieq.convert.identity import Identity, job_identity
 from ernieq.convert.mishaps import mishaps_told
+from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.recipe import Recipe
 from ernieq.convert.resume import begin_job, describe_job, same_job
 from ernieq.convert.snapshots import Mark, Snapshots
@@ -74,9 +75,9 @@ class HessianJob:
             return HessianDirectory(self.staging.out).read_summary()
         kept = begin_job(self.staging, job, shards, self.on_line)
         workplace = replace(self.workplace, vram_bytes=kept["vram_bytes"])
-        with mishaps_told(self._kept):
+        with mishaps_told(self._kept), BackgroundQueue() as queue:
             folder = self.staging.folder(_HESSIANS)
-            self._missing_layers(HessianDirectory(folder), sample, workplace, on_layer, on_notice)
+            self._missing_layers(HessianDirectory(folder), sample, workplace, queue, on_layer, on_notice)
             layers = self._finished()
             facts = summary([layers[index] for index in sorted(layers)])
             self.staging.announce(HessianDirectory(folder).write_summary(facts), SUMMARY_NAME)
@@ -93,13 +94,14 @@ class HessianJob:
         directory: HessianDirectory,
         sample: CalibrationSample,
         workplace: Workplace,
+        queue: BackgroundQueue,
         on_layer: Callable[[int], None],
         on_notice: Callable[[str], None],
     ) -> None:
         count = self.checkpoint.config.num_hidden_layers
         finished, done = self._finished(), 0
         state = self.staging.folder("state")
-        snapshots = Snapshots(state, self.staging.journal, interrupted=bool(finished))
+        snapshots = Snapshots(state, self.staging.journal, queue, interrupted=bool(finished))
         while done in finished and directory.has_layer(done):
             done += 1
         if done:

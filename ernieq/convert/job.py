@@ -187,7 +187,7 @@ class Conversion:
         if units.modules:
             say(f"resuming from {staging.path}: {self._share_of(units.modules)}")
         interrupted = bool(units.modules)
-        snapshots = Snapshots(staging.folder("state"), staging.journal, interrupted=interrupted)
+        snapshots = Snapshots(staging.folder("state"), staging.journal, queue, interrupted=interrupted)
         return JobProgress(staging.journal, units, snapshots, queue, check_stop)
 
     def _job(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ernieq.calibrate import Streams
 from ernieq.convert.journal import Journal
+from ernieq.convert.overlap import BackgroundQueue
 from ernieq.convert.tensor_file import TensorFile, read_tensor_file, write_large_file
 from ernieq.pack import RawTensor
 
@@ -43,12 +44,13 @@ class Snapshots:
     Args:
         folder: where the files are; must exist.
         journal: says which one is whole.
+        queue: hashes beside the writing.
         interrupted: whether the job was begun by an earlier run; it may be interrupted again, so the first one
             is written at once, and not counted.
     """
 
-    def __init__(self, folder: Path, journal: Journal, *, interrupted: bool) -> None:
-        self._folder, self._journal, self._interrupted = folder, journal, interrupted
+    def __init__(self, folder: Path, journal: Journal, queue: BackgroundQueue, *, interrupted: bool) -> None:
+        self._folder, self._journal, self._queue, self._interrupted = folder, journal, queue, interrupted
         self._began, self._spent = time.monotonic(), 0.0
 
     def last(self, limit: Mark) -> tuple[Mark, Streams] | None:
@@ -81,7 +83,7 @@ class Snapshots:
         streams.wait()
         raw = {"reference": _raw(streams.reference), "quantized": _raw(streams.quantized)}
         path = self._folder / f"streams-{mark.layer:05d}{'-attended' if mark.attended else ''}.safetensors"
-        digest = write_large_file(path, TensorFile(raw, mark._asdict()).chunks())
+        digest = write_large_file(path, TensorFile(raw, mark._asdict()).chunks(), self._queue)
         self._journal.append(_SNAPSHOT, **mark._asdict(), file=path.name, sha256=digest)
         for older in self._folder.iterdir():
             if older != path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ernieq.convert.overlap import BackgroundQueue
 from ernieq.errors import VerificationError
 from ernieq.pack import RawTensor, build_header, file_sha256, write_durably
 
@@ -64,12 +64,16 @@ def write_tensor_file(path: Path, chunks: list[bytes | memoryview]) -> str:
     return digest
 
 
-def write_large_file(path: Path, chunks: list[bytes | memoryview]) -> str:
-    """``write_tensor_file`` for hundreds of megabytes: hashed while it is written, and not read again."""
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        digest = beside.submit(_sha256, chunks)
-        write_durably(path, chunks)
-    return digest.result()
+def write_large_file(path: Path, chunks: list[bytes | memoryview], queue: BackgroundQueue) -> str:
+    """``write_tensor_file`` for hundreds of megabytes: hashed in a thread meanwhile, and not read again.
+
+    The thread runs already: where memory has run out, Python may wait for ever for a new one to begin.
+    """
+    digests: list[str] = []
+    queue.submit(lambda: digests.append(_sha256(chunks)))
+    write_durably(path, chunks)
+    queue.wait()
+    return digests[0]
 
 
 def read_tensor_file(path: Path, sha256: str) -> TensorFile | None:

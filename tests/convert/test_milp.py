@@ -90,7 +90,7 @@ def test_what_the_solver_prints_does_not_reach_stdout(
         ctypes.CDLL(None).puts(b"printed by C, which may hold it back")
         return milp(*arguments, **options)
 
-    monkeypatch.setattr("ernieq.convert.milp.milp", noisy)
+    monkeypatch.setattr("scipy.optimize.milp", noisy)
     print("before")
     assert choose(problem(0), 1e9) is not None
     print("after", flush=True)
@@ -104,7 +104,7 @@ def test_stdout_is_there_again_when_the_solver_fails(
     def failing(*_: Any, **__: Any) -> Any:
         raise ValueError("no solver")
 
-    monkeypatch.setattr("ernieq.convert.milp.milp", failing)
+    monkeypatch.setattr("scipy.optimize.milp", failing)
     with pytest.raises(ValueError, match="no solver"):
         choose(problem(0), 1e9)
     os.write(1, b"here\n")
